@@ -11,7 +11,12 @@ A message says what is wrong and where; `hint` says what to do. Whatever is not 
 these is a bug and shows its traceback.
 """
 
+import re
+import unicodedata
 from collections.abc import Sequence
+
+_MAX_MESSAGE_CHARACTERS = 200
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
 
 
 class Glm4vBatchError(Exception):
@@ -76,3 +81,24 @@ class RecordError(Exception):
     def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str, str]]:
         # Exceptions cross process borders by pickle, which by default replays only `args`.
         return (RecordError, (self.stage, self.code, str(self)))
+
+
+def sanitise(message: str) -> str:
+    """*message* as it may stand in a row or a log: on one line, without addresses, 200 characters at most.
+
+    Control characters and those that turn the direction of writing are escaped.
+
+    >>> sanitise("<Image at 0x7f21c0a41f90>\\n")
+    '<Image at 0x…>\\\\n'
+    """
+    shown = "".join(map(_visible, _ADDRESS.sub("0x…", message[: 4 * _MAX_MESSAGE_CHARACTERS])))
+    if len(shown) <= _MAX_MESSAGE_CHARACTERS:
+        return shown
+    return shown[: _MAX_MESSAGE_CHARACTERS - 1] + "…"
+
+
+def _visible(character: str) -> str:
+    # Cc controls, Cf bidi and zero-width, Cs half surrogates, Co private, Zl and Zp line breaks.
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        return character.encode("unicode_escape").decode("ascii")
+    return character

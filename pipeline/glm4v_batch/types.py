@@ -138,3 +138,49 @@ class PeakSample:
     shape: BatchShape
     peak_bytes: tuple[int, ...]
     out_of_memory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """What running one batch took: a line of `batches.jsonl`."""
+
+    shape: BatchShape
+    predicted_bytes: tuple[int, ...]
+    peak_bytes: tuple[int, ...]
+    budget_bytes: tuple[int, ...]
+    out_of_memory: bool
+    seconds: float
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device as the run finds it. *index* counts as torch does, after CUDA_VISIBLE_DEVICES; None is the CPU."""
+
+    index: int | None
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+    @property
+    def torch_name(self) -> str:
+        """The device's name in torch, such as `cuda:0`."""
+        return "cpu" if self.index is None else f"cuda:{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One copy of the model: its devices, which module lies on which, and the weights on each."""
+
+    devices: tuple[Device, ...]
+    device_map: Mapping[str, str]
+    weight_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """All copies of the model, and why they lie so."""
+
+    replicas: tuple[Replica, ...]
+    reason: str

@@ -1,0 +1,55 @@
+"""An engine without a model: the text is a hash of pixels and prompt, so a run can be checked anywhere."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from glm4v_batch.scheduler import batch_shape
+from glm4v_batch.types import BatchRun, Completion, Failure, Request, Result
+
+
+class EchoEngine:
+    """Answers with hashes, *batch_size* requests at a time, each batch taking *batch_seconds*."""
+
+    def __init__(self, batch_size: int = 64, batch_seconds: float = 0.0) -> None:
+        self._batch_size = batch_size
+        self._batch_seconds = batch_seconds
+
+    def run(self, items: Iterable[Request | Failure]) -> Iterator[Result | BatchRun]:
+        """See `Engine.run`; the order is kept."""
+        iterator = iter(items)
+        while batch := list(islice(iterator, self._batch_size)):
+            requests = [item for item in batch if isinstance(item, Request)]
+            if requests and self._batch_seconds:
+                time.sleep(self._batch_seconds)  # stands for a model's work
+            yield from (_echo(item) if isinstance(item, Request) else item for item in batch)
+            if requests:
+                yield self._batch_run(requests)
+
+    def _batch_run(self, requests: list[Request]) -> BatchRun:
+        return BatchRun(
+            shape=batch_shape(requests),
+            predicted_bytes=(),
+            peak_bytes=(),
+            budget_bytes=(),
+            out_of_memory=False,
+            seconds=self._batch_seconds,
+            prompt_tokens=sum(r.prompt_tokens for r in requests),
+            completion_tokens=len(requests),
+        )
+
+
+def _echo(request: Request) -> Completion:
+    digest = hashlib.sha256(request.inputs.input_ids.tobytes())
+    digest.update(request.inputs.patches.tobytes())
+    digest.update(repr(request.inputs.image_grid_thw).encode())
+    return Completion(
+        record_id=request.record_id,
+        chunk_id=request.chunk_id,
+        row=request.row,
+        text=digest.hexdigest(),
+        finish_reason="stop",
+        prompt_tokens=request.prompt_tokens,
+        completion_tokens=1,
+    )

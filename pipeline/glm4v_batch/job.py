@@ -1,0 +1,398 @@
+"""The job file: every setting with its default, checked at once before anything is loaded.
+
+This module alone decides which settings exist. A setting of a later version is simply not here yet.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from .errors import JobError
+from .mistakes import explain, shown
+from .templates import columns_of
+from .yaml_lines import Location, Mistake, Origin, read_yaml, set_value
+
+PART_COLUMNS = (
+    "id",
+    "text",
+    "status",
+    "finish_reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "error_stage",
+    "error_code",
+    "error_message",
+    "source",
+    "row",
+)
+"""The columns that every part has, before those that the job passes through."""
+
+_MAX_MISTAKES = 50
+
+Text = Annotated[str, Field(min_length=1)]
+_Names = Annotated[tuple[Text, ...], BeforeValidator(lambda value: _as_tuple(value))]
+
+
+class _Section(BaseModel):
+    """One section. `strict`: a quoted number or a bare `true` is never turned into something else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: Any) -> Any:
+        # A section whose settings are all commented out is a null in YAML.
+        return {} if value is None else value
+
+
+class ParquetSettings(_Section):
+    """Records are the rows of Parquet files."""
+
+    kind: Literal["parquet"] = Field(description="Rows of Parquet files.")
+    path: Text = Field(description="A file, a glob, or a folder (every *.parquet below it); any fsspec path.")
+    root: Text | None = Field(
+        default=None,
+        description="The folder below which image paths are looked up. Null: records hold no paths.",
+    )
+    id: Text | None = Field(
+        default=None, description='The column that names each record. Null: "<file>#<row>" names it.'
+    )
+    image: Text = Field(
+        default="image",
+        description="The column of images: bytes, {bytes, path} structs, paths, or lists of these.",
+    )
+
+
+class DatasetSettings(_Section):
+    """Records are the rows of a Hugging Face data set."""
+
+    kind: Literal["dataset"] = Field(description="Rows of a data set of the `datasets` library.")
+    path: Text = Field(description="A Hub id, a local folder, or a folder written by save_to_disk.")
+    name: Text | None = Field(default=None, description="The configuration (subset) of the data set.")
+    split: Text = Field(default="train", description="The split to read.")
+    revision: Text | None = Field(
+        default=None, description="A commit, tag or branch on the Hub. Give a commit for a repeatable run."
+    )
+    streaming: bool = Field(default=False, description="Read while downloading, without a copy on disk.")
+    root: Text | None = Field(
+        default=None,
+        description="The folder below which image paths are looked up. Null: the data set's own folder.",
+    )
+    id: Text | None = Field(
+        default=None, description='The column that names each record. Null: "<data set>#<row>" names it.'
+    )
+    image: Text = Field(default="image", description="The column of images.")
+
+
+SourceSettings = ParquetSettings | DatasetSettings
+
+
+class PromptSettings(_Section):
+    """What the model is asked. Changing it changes the output."""
+
+    system: str | None = Field(default=None, description="The system message, as it stands. Null: none.")
+    user: Text = Field(
+        description="The question. {column} stands for the record's value; {{ and }} for plain braces."
+    )
+
+    @field_validator("user")
+    @classmethod
+    def _braces_match(cls, value: str) -> str:
+        columns_of(value)
+        return value
+
+
+class ModelSettings(_Section):
+    """Which checkpoint answers, and in which precision."""
+
+    name: Text = Field(description="A local folder or a Hub id.")
+    revision: Text | None = Field(default=None, description="A Hub id needs a commit for a repeatable run.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="The precision of the weights. auto: the checkpoint's own."
+    )
+
+
+class ImageSettings(_Section):
+    """How large the model sees an image, in pixels (width times height)."""
+
+    min_pixels: int | None = Field(
+        default=None, ge=1, description="Smaller images are enlarged. Null: as trained."
+    )
+    max_pixels: int | None = Field(
+        default=None, ge=1, description="Larger images are reduced. Null: as trained."
+    )
+
+    @field_validator("max_pixels")
+    @classmethod
+    def _not_below_min(cls, value: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get("min_pixels")
+        if value is not None and least is not None and value < least:
+            raise ValueError(f"must be images.min_pixels ({least}) or more, not {value}")
+        return value
+
+
+class GenerationSettings(_Section):
+    """How the model writes. Changing any of these changes the output."""
+
+    max_new_tokens: int = Field(default=64, ge=1, description="An answer is cut after this many tokens.")
+    temperature: float = Field(
+        default=0.0, ge=0, description="0 takes the likeliest token; more is more random."
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Sample among the likeliest tokens that add up to this probability.",
+    )
+    top_k: int | None = Field(default=None, ge=1, description="Sample among this many likeliest tokens.")
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, description="Above 1, tokens already used become unlikelier."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="The seed of sampling.")
+
+    @field_validator("top_p", "top_k")
+    @classmethod
+    def _only_when_sampling(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("temperature") == 0:
+            raise ValueError("has no effect at generation.temperature 0: raise that, or leave this out")
+        return value
+
+
+def _check_devices(value: Any) -> Any:
+    if value in ("all", "cpu"):
+        return value
+    numbers = isinstance(value, (list, tuple)) and all(type(item) is int and item >= 0 for item in value)
+    if not numbers or not value:
+        raise ValueError(f"must be all, cpu or a list of GPU numbers such as [0, 1], not {shown(value)}")
+    if len(set(value)) < len(value):
+        raise ValueError("names a GPU twice")
+    return tuple(value)
+
+
+class DeviceSettings(_Section):
+    """Where the model runs. None of this changes the output."""
+
+    use: Annotated[Literal["all", "cpu"] | tuple[int, ...], BeforeValidator(_check_devices)] = Field(
+        default="all", description="all GPUs, cpu, or a list of GPU numbers."
+    )
+    layout: Literal["auto"] = Field(default="auto", description="How the model lies on the GPUs.")
+    gpus_per_replica: Literal["auto"] = Field(
+        default="auto", description="GPUs that share one copy of the model."
+    )
+    memory_fraction: float = Field(
+        default=0.92, gt=0, le=1, description="The part of each GPU's memory that may be used."
+    )
+
+
+class BatchingSettings(_Section):
+    """How records are put into batches. None of this changes the output."""
+
+    engine: Literal["auto", "generate", "echo"] = Field(
+        default="auto",
+        description="echo answers with a hash of pixels and prompt, without a model: for trying out.",
+    )
+    max_batch_size: int | None = Field(default=None, ge=1, description="Null: as many as the memory holds.")
+    echo_seconds: float = Field(default=0.0, ge=0, description="How long the echo engine takes for a batch.")
+
+    @field_validator("echo_seconds")
+    @classmethod
+    def _only_for_echo(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("engine") in ("auto", "generate"):
+            raise ValueError("has an effect only with batching.engine: echo")
+        return value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class OutputSettings(_Section):
+    """Where the parts go. The folder is also the checkpoint of the run."""
+
+    path: Text = Field(description="The folder of the output; it belongs to one job.")
+    rows_per_part: int = Field(
+        default=128, ge=1, description="Rows that are committed together, as one file."
+    )
+    columns: _Names = Field(
+        default=(), description="Columns of the source that are passed through to the output."
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _no_column_twice(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := [column for column in value if column in PART_COLUMNS]:
+            raise ValueError(f"names {shown(taken[0])}, a column that every part has already")
+        if len(set(value)) < len(value):
+            raise ValueError("names a column twice")
+        return value
+
+
+class Job(_Section):
+    """Everything one run needs to know."""
+
+    name: str = Field(description="A short name for the job: letters, digits, dots, - and _.")
+    source: SourceSettings = Field(discriminator="kind", description="Where the records come from.")
+    prompt: PromptSettings = Field(description="What the model is asked.")
+    model: ModelSettings = Field(description="Which checkpoint answers.")
+    images: ImageSettings = Field(
+        default_factory=ImageSettings, description="How large the model sees an image."
+    )
+    generation: GenerationSettings = Field(
+        default_factory=GenerationSettings, description="How the model writes."
+    )
+    devices: DeviceSettings = Field(default_factory=DeviceSettings, description="Where the model runs.")
+    batching: BatchingSettings = Field(
+        default_factory=BatchingSettings, description="How records are put into batches."
+    )
+    output: OutputSettings = Field(description="Where the answers go.")
+
+    _file: str = PrivateAttr("")
+    _origins: dict[Location, Origin] = PrivateAttr(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _is_slug(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+            raise ValueError(f"must be letters, digits, dots, - and _ only, 64 at most, not {shown(value)}")
+        return value
+
+    def remember(self, file: str, origins: Mapping[Location, Origin]) -> Self:
+        """Keep where each setting stands, for messages; it is no part of `as_dict`."""
+        self._file, self._origins = file, dict(origins)
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting, as plain values that JSON can hold."""
+        return self.model_dump(mode="json")
+
+    def asked_columns(self) -> dict[str, tuple[str, ...]]:
+        """The source columns that each setting asks for; keys name the setting, with its line if known."""
+        asked = {
+            ("source", "id"): (self.source.id,) if self.source.id else (),
+            ("source", "image"): (self.source.image,),
+            ("prompt", "user"): columns_of(self.prompt.user),
+            ("output", "columns"): self.output.columns,
+        }
+        return {self._locate(location): columns for location, columns in asked.items()}
+
+    def field_columns(self) -> tuple[str, ...]:
+        """The source columns that records carry along, for the prompt and for the output."""
+        return tuple(dict.fromkeys((*columns_of(self.prompt.user), *self.output.columns)))
+
+    def _locate(self, location: tuple[str, str]) -> str:
+        setting = ".".join(location)
+        origin = self._origins.get(location)
+        if origin is None:
+            return f"{self._file} {setting}".strip()
+        place = f"{self._file} line {origin}" if isinstance(origin, int) else origin
+        return f"{place}: {setting}"
+
+
+def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """The job of the file *path*, each of *overrides* ("a.b=c") applied over it.
+
+    Raises one `JobError` that names every mistake with its line.
+    """
+    document = read_yaml(path)
+    for option in overrides:
+        set_value(document, option)
+    mistakes = list(document.mistakes)
+    try:
+        job = Job.model_validate(document.values)
+    except ValidationError as error:
+        found = explain(error, Job)
+        mistakes += [Mistake(document.origin_of(location), text) for location, text in found]
+    if mistakes:
+        raise _job_error(path, mistakes)
+    return job.remember(str(path), document.origins)
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file, with which editors complete and check it."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema()}
+
+
+def _job_error(path: Path, mistakes: Sequence[Mistake]) -> JobError:
+    # Lines of the file first, in their order; then the options, in theirs.
+    ordered = sorted(mistakes, key=lambda each: each.origin if isinstance(each.origin, int) else 1 << 32)
+    if len(ordered) == 1 and not isinstance(ordered[0].origin, int):
+        return JobError(f"{ordered[0]}")
+    lines = [str(mistake) for mistake in ordered[:_MAX_MISTAKES]]
+    if len(ordered) > _MAX_MISTAKES:
+        lines.append(f"and {len(ordered) - _MAX_MISTAKES} more")
+    return JobError.of_mistakes(str(path), lines)
+
+
+INIT_TEMPLATE = """\
+# A job for glm4v-batch. Run it with: glm4v-batch run <this file>
+# Settings that are commented out show their defaults. All of them: glm4v-batch schema
+
+name: caption
+
+source:
+  kind: parquet                # parquet | dataset
+  path: data/*.parquet         # a file, a folder or a glob; any fsspec path
+  # root: null                 # the folder below which image paths are looked up
+  # id: null                   # the column that names each record; default "<file>#<row>"
+  # image: image               # bytes, {bytes, path} structs, paths, or lists of these
+
+# A data set of the `datasets` library instead: a Hub id, a folder, or what save_to_disk wrote.
+# source:
+#   kind: dataset
+#   path: my-org/my-pictures
+#   name: null
+#   split: train
+#   revision: null             # a commit, for a repeatable run
+#   streaming: false
+
+prompt:
+  # system: null
+  user: "Describe this picture."   # {column} stands for a record's value, {{ and }} for braces
+
+model:
+  name: zai-org/GLM-4.1V-9B-Thinking   # a local folder or a Hub id
+  # revision: null             # a Hub id needs a commit for a repeatable run
+  # dtype: auto                # auto | bfloat16 | float16 | float32
+
+images:
+  # min_pixels: null           # null: the checkpoint's own
+  # max_pixels: null
+
+generation:
+  max_new_tokens: 64
+  # temperature: 0             # 0: always the likeliest token
+  # top_p: null
+  # top_k: null
+  # repetition_penalty: 1.0
+  # seed: 0
+
+devices:
+  # use: all                   # all | cpu | a list of GPU numbers such as [0, 1]
+  # layout: auto
+  # gpus_per_replica: auto
+  # memory_fraction: 0.92
+
+batching:
+  # engine: auto               # auto | generate | echo (no model: for trying out)
+  # max_batch_size: null       # null: as many as the memory holds
+  # echo_seconds: 0.0
+
+output:
+  path: out/caption            # the answers, and the checkpoint of the run
+  # rows_per_part: 128
+  # columns: []                # columns passed through
+"""
+"""A commented job file to begin with; `init` writes it."""

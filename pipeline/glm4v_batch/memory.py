@@ -1,0 +1,189 @@
+"""Predict a batch's peak memory from its shape, and learn from what the device measured.
+
+The peak of a device is modelled as `fixed + Σ coefficient × feature` over the features of a
+`BatchShape`, coefficients ≥ 0. They start from the formulas of the architecture and are pulled
+towards every measured batch. Trust is asymmetric: the share of the budget that batches may use
+rises slowly while they run clean and falls at once when memory runs out.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import astuple
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm4v_batch.types import BatchShape, PeakSample
+
+FloatArray = NDArray[np.float64]
+
+_FIRST_TRUST = 0.4
+_TRUST_GAIN = 1.25
+_TRUST_LOSS = 0.7
+_MEMORY_OF_SAMPLES = 512
+_RECENT = 32
+_SMALLEST_MARGIN = 0.02
+_WORKSPACE_FRACTION = 0.01
+# Small beside one sample, whose terms are of order one: the prior decides only what samples do not.
+_PRIOR_WEIGHT = 5e-4
+_SWEEPS = 100
+
+
+class Meter(Protocol):
+    """Measures the devices that one replica runs on; one value per device, in bytes."""
+
+    def limit_bytes(self) -> tuple[int, ...]:
+        """What this process could hold right now, counting what it holds and what is free."""
+        ...
+
+    def held_bytes(self) -> tuple[int, ...]:
+        """What this process holds right now: after loading, the model's weights."""
+        ...
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Measure the peak of what runs inside."""
+        ...
+
+    def peak_bytes(self) -> tuple[int, ...]:
+        """The peak of the last `watch`."""
+        ...
+
+    def free(self) -> None:
+        """Give cached, unused memory back to the device."""
+        ...
+
+
+def prior_coefficients(config: Mapping[str, Any], bytes_per_value: int) -> tuple[float, ...]:
+    """Bytes per request, padded token, visual patch, KV token and mask cell, from *config*.
+
+    *config* is a checkpoint's config.json. The factors are read off exact live-byte traces of
+    GLM-4.1V-9B in transformers 5.17 and 5.23: a decoder layer's MLP holds four times its
+    intermediate and three times its hidden size per token; a vision block holds 18 times its
+    hidden size per patch beside the float32 pixels; a boolean mask and its additive copy take
+    three bytes per cell. They are upper bounds, because the phases do not peak together.
+    """
+    text, vision = config.get("text_config", config), config["vision_config"]
+    hidden, heads = text["hidden_size"], text["num_attention_heads"]
+    head_dim = text.get("head_dim") or hidden // heads
+    key_values = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head_dim
+    pixels = 3 * vision.get("temporal_patch_size", 2) * vision["patch_size"] ** 2
+    return (
+        # Logits of one step: in the model's type, and in float32 where tokens are chosen.
+        float(text["vocab_size"] * (bytes_per_value + 8)),
+        float((4 * text["intermediate_size"] + 5 * hidden) * bytes_per_value),
+        float(18.1 * vision["hidden_size"] * bytes_per_value + 2 * 4 * pixels),
+        float((key_values + 2 * heads * head_dim) * bytes_per_value),
+        3.0,
+    )
+
+
+class MemoryModel:
+    """Peak memory of one replica as a function of the batch, per device.
+
+    *fixed_bytes* is what each device holds before any batch, *prior* the coefficients of
+    `prior_coefficients`, *samples* what an earlier run measured on the same devices.
+    """
+
+    def __init__(
+        self, fixed_bytes: Sequence[int], prior: Sequence[float], samples: Sequence[PeakSample] = ()
+    ) -> None:
+        self._fixed_bytes = tuple(fixed_bytes)
+        # Workspaces and the like: they come with the first batch and do not grow with it.
+        self._priors = [
+            np.maximum([_WORKSPACE_FRACTION * fixed, *prior], 1e-3) for fixed in self._fixed_bytes
+        ]
+        self._coefficients = self._priors
+        self._samples: deque[PeakSample] = deque(maxlen=_MEMORY_OF_SAMPLES)
+        self.margin = _SMALLEST_MARGIN
+        self.trust = _FIRST_TRUST
+        self._learn(samples)
+
+    def predict(self, shape: BatchShape) -> tuple[int, ...]:
+        """The peak that a batch of *shape* is expected to reach on each device, in bytes."""
+        features = _features(shape)
+        return tuple(
+            int(fixed + features @ coefficients)
+            for fixed, coefficients in zip(self._fixed_bytes, self._coefficients, strict=True)
+        )
+
+    def fits(self, shape: BatchShape, budget_bytes: Sequence[int]) -> bool:
+        """Whether *shape*, with the margin, stays within the trusted part of every device's budget."""
+        return all(
+            (predicted - fixed) * (1 + self.margin) <= (budget - fixed) * self.trust
+            for predicted, fixed, budget in zip(
+                self.predict(shape), self._fixed_bytes, budget_bytes, strict=True
+            )
+        )
+
+    def observe(self, sample: PeakSample) -> None:
+        """Learn from a batch: refit the coefficients, the margin and the trust."""
+        self._learn([sample])
+
+    def _learn(self, samples: Sequence[PeakSample]) -> None:
+        for sample in samples:
+            factor = _TRUST_LOSS if sample.out_of_memory else _TRUST_GAIN
+            self.trust = min(1.0, self.trust * factor)
+            self._samples.append(sample)
+        if samples:
+            self._coefficients = [self._fit(device) for device in range(len(self._fixed_bytes))]
+            # Errors are judged by the new fit: what it has learnt needs no margin any more.
+            recent = list(self._samples)[-_RECENT:]
+            self.margin = max([_SMALLEST_MARGIN, *map(self._excess, recent)])
+
+    def _excess(self, sample: PeakSample) -> float:
+        return max(
+            (peak - fixed) / max(predicted - fixed, 1) - 1
+            for peak, predicted, fixed in zip(
+                sample.peak_bytes, self.predict(sample.shape), self._fixed_bytes, strict=True
+            )
+        )
+
+    def _fit(self, device: int) -> FloatArray:
+        coefficients = self._fit_to([s for s in self._samples if not s.out_of_memory], device)
+        # A batch that ran out of memory tells only how much it took at least.
+        short = {
+            id(s) for s in self._samples if s.out_of_memory and self._falls_short(s, device, coefficients)
+        }
+        if not short:
+            return coefficients
+        return self._fit_to([s for s in self._samples if not s.out_of_memory or id(s) in short], device)
+
+    def _falls_short(self, sample: PeakSample, device: int, coefficients: FloatArray) -> bool:
+        taken = sample.peak_bytes[device] - self._fixed_bytes[device]
+        return bool(_features(sample.shape) @ coefficients < taken)
+
+    def _fit_to(self, samples: Sequence[PeakSample], device: int) -> FloatArray:
+        prior = self._priors[device]
+        if not samples:
+            return prior
+        peaks = np.asarray([s.peak_bytes[device] for s in samples], np.float64) - self._fixed_bytes[device]
+        # Relative errors, and coefficients as multiples of the prior: all terms are of order one.
+        scale = np.maximum(peaks, 1.0)[:, None]
+        rows = np.stack([_features(s.shape) for s in samples]) * prior / scale
+        return prior * fit_multiples(rows, peaks / scale[:, 0])
+
+
+def _features(shape: BatchShape) -> FloatArray:
+    return np.asarray([1, *astuple(shape)], dtype=np.float64)
+
+
+def fit_multiples(rows: FloatArray, targets: FloatArray) -> FloatArray:
+    """The x ≥ 0 that minimises ‖rows·x − targets‖² + w·‖x/common − 1‖².
+
+    *rows* is [samples, features] in multiples of the prior, *targets* is [samples]. *common* is
+    the best single multiple for all features: a formula that is off by a factor is corrected
+    as a whole, and features that the samples cannot tell apart keep their proportion.
+    Coordinate descent on the normal equations, which are strictly convex, so it converges.
+    """
+    sums = rows.sum(axis=1)
+    common = max(float(sums @ targets) / max(float(sums @ sums), 1e-12), 1e-3)
+    gram = rows.T @ rows + _PRIOR_WEIGHT / common**2 * np.eye(rows.shape[1])
+    aim = rows.T @ targets + _PRIOR_WEIGHT / common
+    solution = np.full(rows.shape[1], common)
+    for _ in range(_SWEEPS):
+        for k in range(len(solution)):
+            rest = gram[k] @ solution - gram[k, k] * solution[k]
+            solution[k] = max(0.0, (aim[k] - rest) / gram[k, k])
+    return solution

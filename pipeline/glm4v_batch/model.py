@@ -1,0 +1,65 @@
+"""Load a checkpoint with transformers, strictly: safetensors only, no remote code, every key in its place."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+
+from glm4v_batch.errors import JobError
+
+_DTYPES: Mapping[str, torch.dtype | str] = {
+    "auto": "auto",
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def load_model(folder: Path, dtype: str, device_map: Mapping[str, str]) -> PreTrainedModel:
+    """The model of *folder* in *dtype*, each module on its device, ready to generate.
+
+    Raises JobError where the checkpoint's keys are not exactly the model's: transformers would
+    fill what is missing with random numbers and go on.
+    """
+    # Read when torch first touches CUDA. Segments that grow keep batches of ever new sizes
+    # from fragmenting the card.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=_DTYPES[dtype],
+        device_map=dict(device_map),
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    _refuse_wrong_keys(folder, loading)
+    # Only what the job says counts; a checkpoint's own sampling settings would fill every gap.
+    model.generation_config = GenerationConfig()
+    model.eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _refuse_wrong_keys(folder: Path, loading: Mapping[str, Any]) -> None:
+    problems = [
+        f"  {len(loading[kind])} {what}, such as {_first(loading[kind])}"
+        for kind, what in (
+            ("missing_keys", "weights that the model needs are missing"),
+            ("unexpected_keys", "weights that the model does not have"),
+            ("mismatched_keys", "weights of another shape"),
+        )
+        if loading.get(kind)
+    ]
+    if problems:
+        raise JobError(
+            "\n".join([f"The checkpoint {folder} does not match its config.json:", *problems]),
+            hint="Download it again, or convert it to the layout of this transformers version.",
+        )
+
+
+def _first(keys: object) -> str:
+    return min(str(key[0] if isinstance(key, tuple) else key) for key in keys)  # type: ignore[attr-defined]

@@ -1,0 +1,187 @@
+"""The output folder: one run at a time, one job for ever, and every chunk whole or not there.
+
+Results arrive in any order; `Output` holds those of a chunk until the last one is there and
+commits them together. What is committed is what the parts' footers say; nothing else is kept.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from glm4v_batch.errors import OutputError, OutputLockedError
+from glm4v_batch.parts import RESULT_FIELDS, STATE_FOLDER, Part, PartInfo, commit, list_parts, sync_folder
+from glm4v_batch.types import Chunk, Completion, Failure, Record, Result
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """The hash that names a job's output: of every setting that can change the text."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold *folder*, made if need be, for this process. Raises OutputLockedError where another has it.
+
+    The lock is the kernel's and goes with the process, so that kill -9 leaves none behind.
+    """
+    state = _make_folders(folder)
+    with (state / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OutputLockedError(
+                f"{folder} is held by another run: {file.read().strip() or 'owner unknown'}.",
+                hint="Wait for it to end, or stop it; what it has committed stays.",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        _remove_leftovers(state / "tmp")
+        yield
+        file.truncate(0)
+
+
+def _make_folders(folder: Path) -> Path:
+    state = folder / STATE_FOLDER
+    try:
+        (state / "tmp").mkdir(parents=True, exist_ok=True)
+        for made in (state, folder, folder.parent):
+            sync_folder(made)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be used as an output folder: {error.strerror or error}.",
+            hint="Choose another output.path, or mend its permissions.",
+        ) from None
+    return state
+
+
+def _remove_leftovers(folder: Path) -> None:
+    # Only ever under the lock: without it they might be another run's.
+    for path in folder.iterdir():
+        path.unlink(missing_ok=True)
+
+
+def describe(folder: Path, job: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Leave `job.json` for people to read; the parts do not depend on it."""
+    body = {"job": job, "fingerprint": fingerprint(settings), "settings": settings}
+    state = folder / STATE_FOLDER
+    temporary = state / "tmp" / f"job.{os.getpid()}"
+    temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(state / "job.json")
+
+
+def committed_parts(folder: Path, settings: Mapping[str, Any]) -> list[Part]:
+    """The parts of *folder*, all of them of the job with *settings*.
+
+    Raises OutputError where a part belongs to another job, naming the settings that differ.
+    """
+    wanted = fingerprint(settings)
+    parts = list_parts(folder)
+    for part in parts:
+        if part.info.fingerprint != wanted:
+            raise OutputError(
+                f"{folder} belongs to another job: {_differences(part.info.settings, settings)}.",
+                hint=f"Run 'glm4v-batch status {folder}' to see it, or choose another output.path.",
+            )
+    return parts
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    keys = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    lines = (f"{key} was {_shown(theirs.get(key))} and is {_shown(ours.get(key))}" for key in keys)
+    return "; ".join(lines)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@dataclass(slots=True)
+class _OpenChunk:
+    chunk: Chunk
+    source: Mapping[str, str | int]
+    passed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class Output:
+    """Collects results and commits each chunk as one part once its last row is there.
+
+    *settings* make the fingerprint; *passed_fields* are the source's columns to pass through.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], passed_fields: Sequence[pa.Field]) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._fingerprint = fingerprint(settings)
+        self._passed = [f.name for f in passed_fields]
+        self._schema = pa.schema([*RESULT_FIELDS, *passed_fields])
+        self._open: dict[str, _OpenChunk] = {}
+
+    def __len__(self) -> int:
+        """Chunks that are begun and not committed: what a crash would lose."""
+        return len(self._open)
+
+    def begin(self, chunk: Chunk, source: Mapping[str, str | int]) -> None:
+        """Expect the rows of *chunk*, whose shard has the identity *source*."""
+        self._open[chunk.chunk_id] = _OpenChunk(chunk, source)
+
+    def expect(self, chunk: Chunk, record: Record) -> None:
+        """Keep what passes through of *record* until its result comes."""
+        values = {name: record.fields[name] for name in self._passed}
+        self._open[chunk.chunk_id].passed[record.row] = values
+
+    def add(self, result: Result) -> Part | None:
+        """Take a result in; the part that it completes, once that is durable, or None."""
+        chunk = self._open[result.chunk_id]
+        assert result.row not in chunk.rows, f"two results for row {result.row} of {result.chunk_id}"
+        common = {"id": result.record_id, "source": chunk.chunk.source, "row": result.row}
+        chunk.rows[result.row] = {**common, **_row(result), **chunk.passed.pop(result.row)}
+        if len(chunk.rows) < chunk.chunk.num_rows:
+            return None
+        del self._open[result.chunk_id]
+        return self._commit(chunk)
+
+    def _commit(self, whole: _OpenChunk) -> Part:
+        rows = [whole.rows[row] for row in whole.chunk.rows]
+        num_ok = sum(row["status"] == "ok" for row in rows)
+        info = PartInfo(
+            fingerprint=self._fingerprint,
+            settings=self._settings,
+            source=whole.source,
+            first_row=whole.chunk.first_row,
+            num_rows=len(rows),
+            num_ok=num_ok,
+            num_failed=len(rows) - num_ok,
+        )
+        return commit(self._folder, pa.Table.from_pylist(rows, schema=self._schema), info)
+
+
+def _row(result: Result) -> dict[str, Any]:
+    match result:
+        case Completion():
+            return {
+                "status": "ok",
+                "text": result.text,
+                "finish_reason": result.finish_reason,
+                "prompt_tokens": result.prompt_tokens,
+                "completion_tokens": result.completion_tokens,
+            }
+        case Failure():
+            return {
+                "status": "failed",
+                "error_stage": result.stage,
+                "error_code": result.code,
+                "error_message": result.message,
+            }

@@ -1,0 +1,377 @@
+"""Make requests of records: decode, resize, render, tokenise, in worker processes that may die.
+
+Each worker has a thread of the driver and a pipe to itself, so a worker that crashes, hangs or eats
+its memory takes nothing with it but the group of records it holds; these are then tried one by one.
+"""
+
+import fcntl
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Protocol, Self, cast
+
+import numpy as np
+
+from glm4v_batch.checkpoint import Checkpoint
+from glm4v_batch.errors import RecordError, sanitise
+from glm4v_batch.images import ImageLimits, ImagePatches, read_image, visual_tokens, with_pixel_limits
+from glm4v_batch.prompts import PromptRenderer
+from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request, Stage
+
+_START_SECONDS = 120
+_READY = b"ready"
+
+Item = tuple[Chunk, Record]
+Prepared = Request | Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessSettings:
+    """What turns a record into a request. It is sent to the workers once, when they start.
+
+    *min_pixels* and *max_pixels* count height × width of one image; None keeps the checkpoint's.
+    """
+
+    checkpoint: Checkpoint
+    system: str | None
+    user: str
+    max_new_tokens: int
+    root: Path | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    record_seconds: float = 60
+    worker_memory_bytes: int = 4 * 1024**3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookAhead:
+    """How far preprocessing may run ahead of who takes its requests, and in what portions it works."""
+
+    records: int = 512
+    bytes: int = 256 * 1024**2
+    records_per_group: int = 32
+    bytes_per_group: int = 4 * 1024**2
+
+
+class Prepare(Protocol):
+    """Makes a request of a record, or says why there is none."""
+
+    def __call__(self, chunk: Chunk, record: Record) -> Prepared:
+        """The request of *record*, or its failure; never an exception for the record's own trouble."""
+        ...
+
+
+MakePrepare = Callable[[PreprocessSettings], Prepare]
+
+
+class Preprocessor:
+    """Prepares records one at a time; it owns the tokenizer."""
+
+    def __init__(self, settings: PreprocessSettings) -> None:
+        self._settings = settings
+        self._renderer = PromptRenderer(settings.checkpoint, system=settings.system, user=settings.user)
+        self._processing = with_pixel_limits(
+            settings.checkpoint.images, settings.min_pixels, settings.max_pixels
+        )
+
+    def __call__(self, chunk: Chunk, record: Record) -> Prepared:
+        """The request of *record*. Whatever goes wrong with the record becomes its failure."""
+        try:
+            return self._request(chunk, record)
+        except RecordError as error:
+            return _failure((chunk, record), cast(Stage, error.stage), error.code, str(error))
+        except Exception as error:  # noqa: BLE001, RUF100  the border where a record's trouble becomes its row
+            return _failure((chunk, record), "decode", "preprocess_error", f"{type(error).__name__}: {error}")
+
+    def _request(self, chunk: Chunk, record: Record) -> Request:
+        settings, processing = self._settings, self._processing
+        images = [read_image(ref, settings.root, settings.limits, processing) for ref in record.images]
+        image_tokens = [visual_tokens(image.grid, processing.merge_size) for image in images]
+        input_ids = self._renderer.render(record.fields, image_tokens, settings.max_new_tokens)
+        patches = _joined(images, len(processing.image_mean) * processing.patch_size**2)
+        return Request(
+            record_id=record.record_id,
+            chunk_id=chunk.chunk_id,
+            row=record.row,
+            prompt_tokens=len(input_ids),
+            visual_patches=len(patches),
+            max_new_tokens=settings.max_new_tokens,
+            inputs=ModelInputs(input_ids, patches, tuple(image.grid for image in images)),
+        )
+
+
+def preprocess(
+    items: Iterable[Item],
+    settings: PreprocessSettings,
+    *,
+    num_workers: int,
+    ahead: LookAhead = LookAhead(),
+    make: MakePrepare = Preprocessor,
+) -> Iterator[Prepared]:
+    """One request or failure per item, in order, prepared by *num_workers* processes (0: by this one).
+
+    *make* must be importable where the workers start. No worker outlives the iterator.
+    """
+    if num_workers == 0:
+        prepare = make(settings)
+        yield from (prepare(chunk, record) for chunk, record in items)
+        return
+    with _Workers(num_workers, settings, make) as workers:
+        yield from _Window(workers, ahead).run(items)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A group of records that a worker has or will have."""
+
+    group: Sequence[Item]
+    num_bytes: int
+    answer: "Future[list[Prepared]]"
+
+
+class _Window:
+    """The groups between the source and who takes the requests: bounded by count and by bytes.
+
+    How large a prepared record will be is not known before; the largest of late is the estimate.
+    """
+
+    def __init__(self, workers: "_Workers", ahead: LookAhead) -> None:
+        self._workers = workers
+        self._ahead = ahead
+        self._pending: deque[_Pending] = deque()
+        self._record_bytes = 1024.0**2
+
+    def run(self, items: Iterable[Item]) -> Iterator[Prepared]:
+        for group in self._groups(items):
+            num_bytes = sum(map(_item_bytes, group)) + round(len(group) * self._record_bytes)
+            self._pending.append(_Pending(group, num_bytes, self._workers.submit(group)))
+            while self._is_full() or (self._pending and self._pending[0].answer.done()):
+                yield from self._take()
+        while self._pending:
+            yield from self._take()
+
+    def _is_full(self) -> bool:
+        records = sum(len(pending.group) for pending in self._pending)
+        num_bytes = sum(pending.num_bytes for pending in self._pending)
+        # One group is always let through, however large.
+        too_much = records > self._ahead.records or num_bytes > self._ahead.bytes
+        return len(self._pending) > 1 and too_much
+
+    def _groups(self, items: Iterable[Item]) -> Iterator[list[Item]]:
+        group: list[Item] = []
+        num_bytes = 0.0
+        for item in items:
+            group.append(item)
+            num_bytes += _item_bytes(item) + self._record_bytes
+            if len(group) >= self._ahead.records_per_group or num_bytes >= self._ahead.bytes_per_group:
+                yield group
+                group, num_bytes = [], 0.0
+        if group:
+            yield group
+
+    def _take(self) -> Iterator[Prepared]:
+        pending = self._pending.popleft()
+        results = self._workers.results(pending.group, pending.answer)
+        largest = 0
+        for result in results:
+            largest = max(largest, _result_bytes(result))
+            yield result
+        self._record_bytes = max(float(largest), 0.8 * self._record_bytes)
+
+
+class _WorkerLostError(Exception):
+    """A worker died or hung over a group; code and message are those of the guilty record's failure."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Workers:
+    """Worker processes, each driven by one thread at a time."""
+
+    def __init__(self, num_workers: int, settings: PreprocessSettings, make: MakePrepare) -> None:
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="preprocess")
+        self._workers = [_Worker(settings, make) for _ in range(num_workers)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()  # wakes the thread that waits for it
+        self._threads.shutdown()
+
+    def submit(self, group: Sequence[Item]) -> "Future[list[Prepared]]":
+        return self._threads.submit(self._ask, group)
+
+    def results(self, group: Sequence[Item], answer: "Future[list[Prepared]]") -> Iterator[Prepared]:
+        """The results of *group*; if its worker was lost, each record is tried in a group of its own."""
+        try:
+            yield from answer.result()
+            return
+        except _WorkerLostError as lost:
+            if len(group) == 1:
+                yield _failure(group[0], "decode", lost.code, str(lost))
+                return
+        retries = [([item], self.submit([item])) for item in group]
+        yield from chain.from_iterable(self.results(single, retry) for single, retry in retries)
+
+    def _ask(self, group: Sequence[Item]) -> list[Prepared]:
+        worker = self._idle.get()
+        try:
+            return worker.ask(group)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """One worker process and the pipe to it. It is started when asked, and again after a loss."""
+
+    def __init__(self, settings: PreprocessSettings, make: MakePrepare) -> None:
+        self._settings = settings
+        self._make = make
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def ask(self, group: Sequence[Item]) -> list[Prepared]:
+        """What the worker makes of *group*. Raises _WorkerLostError if it dies or takes too long."""
+        pipe = self._pipe or self._start()
+        try:
+            pipe.send_bytes(pickle.dumps(group, protocol=5))
+            if pipe.poll(self._settings.record_seconds):
+                return cast(list[Prepared], pickle.loads(pipe.recv_bytes()))  # noqa: S301  from our own worker
+        except (EOFError, OSError) as error:
+            raise _WorkerLostError(
+                "decoder_crashed", f"the decoder died: {self._end(grace_seconds=1)}"
+            ) from error
+        self._end(grace_seconds=0)
+        seconds = self._settings.record_seconds
+        raise _WorkerLostError("decoder_timeout", f"the record was not prepared within {seconds:g} s")
+
+    def close(self) -> None:
+        """Kill the process; a thread that waits for it gets a _WorkerLostError."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+                self._process.join()
+
+    def _start(self) -> Connection:
+        context = _context()
+        with self._lock:
+            if self._closed:
+                raise _WorkerLostError("decoder_crashed", "preprocessing was stopped")
+            pipe, theirs = context.Pipe()
+            self._process = context.Process(
+                target=_serve, args=(theirs, self._settings, self._make), name="preprocess", daemon=True
+            )
+            self._process.start()
+            theirs.close()  # or the worker's death would not end the pipe
+        self._pipe = pipe
+        try:
+            ready = pipe.poll(_START_SECONDS) and pipe.recv_bytes() == _READY
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
+            raise RuntimeError(f"a preprocessing worker did not start: {self._end(grace_seconds=1)}")
+        return pipe
+
+    def _end(self, *, grace_seconds: float) -> str:
+        """Make sure that the process is gone, and say how it ended."""
+        process, pipe = self._process, self._pipe
+        assert process is not None
+        assert pipe is not None
+        process.join(grace_seconds)  # of one that is dying, its own exit code says more than our kill
+        process.kill()
+        process.join()
+        pipe.close()
+        self._pipe = None
+        code = process.exitcode or 0
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _context() -> ForkServerContext:
+    # Not fork: the driver's threads may hold locks at that moment. Not spawn: the fork server imports
+    # this module once, so a worker that died over a record is replaced at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) -> None:
+    """The worker: prepare groups until the driver closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
+    _die_with_parent()
+    prepare = make(settings)
+    _limit_memory(settings.worker_memory_bytes)
+    pipe.send_bytes(_READY)
+    with suppress(EOFError, OSError):  # the driver is gone, or has closed the pipe
+        while True:
+            group: Sequence[Item] = pickle.loads(pipe.recv_bytes())  # noqa: S301  from our own driver
+            pipe.send_bytes(pickle.dumps([prepare(chunk, record) for chunk, record in group], protocol=5))
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when the driver ends, even deep in a decoder's loop.
+
+    Not PR_SET_PDEATHSIG: the parent is the fork server, which lives as long as any worker does. The
+    pipe that tells of the driver's end is made to raise SIGIO instead, whose default is to end us.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if not parent.is_alive():  # it ended before the signal was set
+        sys.exit()
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Let the worker's address space grow by at most *num_bytes* from here."""
+    if sys.platform == "linux":
+        used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used_bytes + num_bytes, resource.RLIM_INFINITY))
+
+
+def _joined(images: Sequence[ImagePatches], width: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    if len(images) == 1:
+        return images[0].patches
+    return np.concatenate([np.empty((0, width), np.uint8), *(image.patches for image in images)])
+
+
+def _failure(item: Item, stage: Stage, code: str, message: str) -> Failure:
+    chunk, record = item
+    return Failure(record.record_id, chunk.chunk_id, record.row, stage, code, sanitise(message))
+
+
+def _item_bytes(item: Item) -> int:
+    return sum(len(ref.data or b"") for ref in item[1].images)
+
+
+def _result_bytes(result: Prepared) -> int:
+    return result.inputs.patches.nbytes if isinstance(result, Request) else 0

@@ -1,0 +1,161 @@
+"""What the memory model predicts, learns and trusts."""
+
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm4v_batch.memory import MemoryModel, fit_multiples, prior_coefficients
+from glm4v_batch.types import BatchShape, PeakSample
+from tests.builders import shape
+
+PRIOR = (1000.0, 100.0, 50.0, 10.0, 0.1)
+FIXED = 1_000_000
+
+GLM_4_1V_9B = {
+    "text_config": {
+        "hidden_size": 4096,
+        "intermediate_size": 13696,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 40,
+        "vocab_size": 151552,
+    },
+    "vision_config": {"hidden_size": 1536, "patch_size": 14, "temporal_patch_size": 2},
+}
+
+
+def peak_of(batch: BatchShape, coefficients: tuple[float, ...] = PRIOR) -> int:
+    return FIXED + int(np.dot(astuple(batch), coefficients))
+
+
+def clean(batch: BatchShape, peak: int) -> PeakSample:
+    return PeakSample(batch, (peak,), out_of_memory=False)
+
+
+def test_an_untaught_model_predicts_by_the_formula() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+
+    (predicted,) = model.predict(shape(4))
+
+    assert predicted == pytest.approx(peak_of(shape(4)), rel=0.02)
+
+
+def test_predictions_follow_what_was_measured_and_not_the_formula() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    truth = tuple(c * 3 for c in PRIOR)
+
+    for size in (1, 2, 4, 8):
+        model.observe(clean(shape(size), peak_of(shape(size), truth)))
+
+    (predicted,) = model.predict(shape(64))
+    assert predicted == pytest.approx(peak_of(shape(64), truth), rel=0.03)
+
+
+def test_features_that_vary_separately_are_told_apart() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    truth = (0.0, 300.0, 20.0, 30.0, 0.0)
+    rng = np.random.default_rng(0)
+
+    for _ in range(40):
+        batch = shape(int(rng.integers(1, 20)), int(rng.integers(50, 900)), int(rng.integers(100, 4000)))
+        model.observe(clean(batch, peak_of(batch, truth)))
+
+    unseen = shape(10, tokens=60, patches=3900)
+    assert model.predict(unseen)[0] == pytest.approx(peak_of(unseen, truth), rel=0.05)
+
+
+def test_each_device_of_a_replica_has_its_own_prediction() -> None:
+    model = MemoryModel([FIXED, 2 * FIXED], PRIOR)
+
+    for size in (1, 2, 4, 8, 16):
+        peaks = (peak_of(shape(size)), 2 * FIXED + size * 1000)
+        model.observe(PeakSample(shape(size), peaks, out_of_memory=False))
+
+    first, second = model.predict(shape(32))
+    assert first == pytest.approx(peak_of(shape(32)), rel=0.03)
+    assert second == pytest.approx(2 * FIXED + 32_000, rel=0.01)
+
+
+def test_a_batch_must_fit_every_device() -> None:
+    model = MemoryModel([FIXED, FIXED], PRIOR)
+    enough, scarce = FIXED + 10_000_000, FIXED + 1000
+
+    assert model.fits(shape(1), [enough, enough])
+    assert not model.fits(shape(1), [enough, scarce])
+
+
+def test_trust_rises_slowly_and_falls_at_once() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    begin = model.trust
+
+    model.observe(clean(shape(1), peak_of(shape(1))))
+    risen = model.trust
+    model.observe(PeakSample(shape(8), (peak_of(shape(8)),), out_of_memory=True))
+
+    assert begin < risen < 1.5 * begin
+    assert model.trust < 0.8 * risen
+
+
+def test_clean_batches_end_in_full_trust() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+
+    for _ in range(20):
+        model.observe(clean(shape(4), peak_of(shape(4))))
+
+    assert model.trust == 1.0
+
+
+def test_a_batch_that_ran_out_of_memory_raises_the_prediction_to_what_it_took() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    taken = FIXED + 10 * (peak_of(shape(8)) - FIXED)
+
+    model.observe(PeakSample(shape(8), (taken,), out_of_memory=True))
+
+    assert model.predict(shape(8))[0] == pytest.approx(taken, rel=0.05)
+
+
+def test_a_batch_that_ran_out_of_memory_by_others_fault_does_not_lower_the_prediction() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    for size in (2, 4, 8):
+        model.observe(clean(shape(size), peak_of(shape(size))))
+
+    model.observe(PeakSample(shape(8), (FIXED + 5,), out_of_memory=True))
+
+    assert model.predict(shape(8))[0] == pytest.approx(peak_of(shape(8)), rel=0.02)
+
+
+def test_samples_of_an_earlier_run_start_the_model_warm() -> None:
+    truth = tuple(c * 2 for c in PRIOR)
+    samples = [clean(shape(size), peak_of(shape(size), truth)) for size in (1, 4, 16, 64) for _ in range(3)]
+
+    model = MemoryModel([FIXED], PRIOR, samples)
+
+    assert model.trust == 1.0
+    assert model.predict(shape(32))[0] == pytest.approx(peak_of(shape(32), truth), rel=0.03)
+
+
+def test_the_formula_gives_the_traced_bytes_of_glm_4_1v_9b() -> None:
+    """The figures are exact live-byte traces: logits, MLP of prefill, vision attention, KV cache."""
+    request, token, patch, kv_token, cell = prior_coefficients(GLM_4_1V_9B, bytes_per_value=2)
+
+    assert request == pytest.approx(303_104 + 8 * 151_552)
+    assert token == pytest.approx(134_400 + 16_384, rel=0.02)
+    assert patch == pytest.approx(60_320 + 4_704, rel=0.02)
+    assert kv_token == pytest.approx(40_960 + 16_384)
+    assert cell == 3.0
+
+
+@given(
+    rows=st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=1, max_size=12),
+    targets=st.data(),
+)
+def test_fitted_multiples_are_never_negative(rows: list[list[float]], targets: st.DataObject) -> None:
+    wanted = targets.draw(st.lists(st.floats(0, 10), min_size=len(rows), max_size=len(rows)))
+
+    solution = fit_multiples(np.array(rows), np.array(wanted))
+
+    assert np.isfinite(solution).all()
+    assert (solution >= 0).all()

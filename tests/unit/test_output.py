@@ -1,0 +1,132 @@
+"""The output folder: whole chunks, one job, one run at a time."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from glm4v_batch.errors import OutputError, OutputLockedError
+from glm4v_batch.output import Output, committed_parts, describe, fingerprint, locked
+from glm4v_batch.parts import STATE_FOLDER
+from glm4v_batch.types import Chunk
+from tests.builders import completion, failure, record
+
+SETTINGS = {"prompt.user": "Describe.", "generation.max_new_tokens": 64}
+CHUNK = Chunk("a.parquet", first_row=10, num_rows=3)
+IDENTITY = {"path": "a.parquet", "size": 99}
+
+
+def output(folder: Path) -> Output:
+    return Output(folder, SETTINGS, [pa.field("title", pa.string())])
+
+
+def begun(folder: Path) -> Output:
+    made = output(folder)
+    made.begin(CHUNK, IDENTITY)
+    for row in CHUNK.rows:
+        made.expect(CHUNK, record(row, CHUNK, title=f"title {row}"))
+    return made
+
+
+def test_a_chunk_is_committed_when_its_last_row_comes_and_not_before(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        out = begun(tmp_path)
+
+        assert out.add(completion(12, CHUNK)) is None
+        assert out.add(completion(10, CHUNK)) is None
+        assert list(tmp_path.glob("*.parquet")) == []
+        part = out.add(failure(11, CHUNK))
+
+    assert part is not None
+    assert part.path.exists()
+    assert len(out) == 0
+
+
+def test_answers_and_failures_stand_in_row_order_with_their_passed_columns(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        out = begun(tmp_path)
+        parts = [out.add(r) for r in (completion(12, CHUNK, "c"), failure(11, CHUNK), completion(10, CHUNK, "a"))]
+
+    assert parts[-1] is not None
+    rows = pq.read_table(parts[-1].path).to_pylist()
+    assert [(r["row"], r["status"], r["text"], r["title"]) for r in rows] == [
+        (10, "ok", "a", "title 10"),
+        (11, "failed", None, "title 11"),
+        (12, "ok", "c", "title 12"),
+    ]
+    assert (rows[1]["error_stage"], rows[1]["error_code"]) == ("decode", "image_truncated")
+    assert (parts[-1].info.num_ok, parts[-1].info.num_failed) == (2, 1)
+
+
+def test_a_second_run_is_refused_at_once_and_told_who_holds_the_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(OutputLockedError, match=f"process {os.getpid()} on "), locked(tmp_path):
+        pass
+
+
+def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from glm4v_batch.output import locked\n"
+        f"with locked(pathlib.Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        begin = time.monotonic()
+        with pytest.raises(OutputLockedError, match=f"process {holder.pid}"), locked(tmp_path):
+            pass
+        assert time.monotonic() - begin < 1
+        holder.kill()
+        holder.wait()
+
+    with locked(tmp_path):
+        pass
+
+
+def test_leftovers_are_removed_under_the_lock(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        pass
+    stale = tmp_path / STATE_FOLDER / "tmp" / "part-x.parquet.123"
+    stale.write_bytes(b"half")
+
+    with locked(tmp_path):
+        assert not stale.exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(OutputError, match="Not a directory"), locked(tmp_path / "file" / "out"):
+        pass
+
+
+def test_parts_of_another_job_are_refused_with_the_settings_that_differ(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        out = begun(tmp_path)
+        for row in CHUNK.rows:
+            out.add(completion(row, CHUNK))
+
+    with pytest.raises(OutputError) as caught:
+        committed_parts(tmp_path, {**SETTINGS, "prompt.user": "Count the cats."})
+
+    assert 'prompt.user was "Describe." and is "Count the cats."' in str(caught.value)
+    assert "max_new_tokens" not in str(caught.value)
+
+
+def test_the_fingerprint_does_not_depend_on_the_order_of_settings() -> None:
+    assert fingerprint(SETTINGS) == fingerprint(dict(reversed(SETTINGS.items())))
+    assert fingerprint(SETTINGS) != fingerprint({**SETTINGS, "generation.max_new_tokens": 65})
+
+
+def test_the_job_is_described_for_people(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        describe(tmp_path, {"name": "caption"}, SETTINGS)
+
+    described = json.loads((tmp_path / STATE_FOLDER / "job.json").read_text())
+    assert described["job"] == {"name": "caption"}
+    assert described["fingerprint"] == fingerprint(SETTINGS)

@@ -1,0 +1,151 @@
+"""Parts: complete or not there, and the only record of what is done."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm4v_batch.errors import OutputError
+from glm4v_batch.parts import STATE_FOLDER, PartInfo, commit, gaps, list_parts, part_name
+
+
+def info(first_row: int = 0, num_rows: int = 3, fingerprint: str = "f" * 64) -> PartInfo:
+    return PartInfo(fingerprint, {"prompt.user": "hi"}, {"path": "a.parquet", "size": 9}, first_row, num_rows, num_rows, 0)
+
+
+def table(num_rows: int = 3) -> pa.Table:
+    return pa.table({"id": [str(n) for n in range(num_rows)]})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / STATE_FOLDER / "tmp").mkdir(parents=True)
+    return tmp_path
+
+
+def test_a_committed_part_says_in_its_footer_what_it_holds(folder: Path) -> None:
+    commit(folder, table(), info())
+
+    (part,) = list_parts(folder)
+
+    assert part.info == info()
+    assert part.path.name == part_name("a.parquet", 0, 3, "f" * 64)
+
+
+def test_a_commit_leaves_no_temporary_file(folder: Path) -> None:
+    commit(folder, table(), info())
+
+    assert list((folder / STATE_FOLDER / "tmp").iterdir()) == []
+
+
+def test_parts_carry_page_checksums(folder: Path) -> None:
+    part = commit(folder, table(), info())
+
+    damaged = bytearray(part.path.read_bytes())
+    damaged[30] ^= 0xFF
+    part.path.chmod(0o644)
+    part.path.write_bytes(damaged)
+
+    with pytest.raises(OSError, match="CRC"):
+        pq.read_table(part.path, page_checksum_verification=True)
+
+
+def test_committing_the_same_chunk_twice_changes_nothing(folder: Path) -> None:
+    first = commit(folder, table(), info())
+    before = first.path.stat()
+
+    second = commit(folder, table(), info())
+
+    after = second.path.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_a_foreign_file_under_a_parts_name_is_never_replaced(folder: Path) -> None:
+    name = part_name("a.parquet", 0, 3, "f" * 64)
+    (folder / name).write_bytes(b"somebody's work")
+
+    with pytest.raises(OutputError, match="damaged"):
+        commit(folder, table(), info())
+
+    assert (folder / name).read_bytes() == b"somebody's work"
+    assert list((folder / STATE_FOLDER / "tmp").iterdir()) == []
+
+
+def test_another_settlement_of_the_same_rows_is_refused(folder: Path) -> None:
+    commit(folder, table(), info())
+    other = PartInfo("f" * 64, {"prompt.user": "hi"}, {"path": "a.parquet", "size": 9}, 0, 3, 2, 1)
+
+    with pytest.raises(OutputError, match="exists already"):
+        commit(folder, table(), other)
+
+
+def test_all_unusable_parts_are_named_at_once(folder: Path) -> None:
+    commit(folder, table(), info())
+    (folder / "part-broken.parquet").write_bytes(b"PAR1")
+    pq.write_table(table(), folder / "part-foreign.parquet")
+
+    with pytest.raises(OutputError) as caught:
+        list_parts(folder)
+
+    assert "part-broken.parquet is damaged" in str(caught.value)
+    assert "part-foreign.parquet was not written by glm4v-batch" in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_its_reason(folder: Path) -> None:
+    (folder / STATE_FOLDER / "tmp").rmdir()
+
+    with pytest.raises(OutputError, match="No such file or directory"):
+        commit(folder, table(), info())
+
+
+def test_the_data_is_durable_before_the_name_and_the_name_before_commit_returns(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def spy_fsync(descriptor: int) -> None:
+        calls.append("fsync folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "fsync file")  # noqa: PTH112
+        fsync(descriptor)
+
+    def spy_link(source: Path, target: Path) -> None:
+        calls.append("link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "link", spy_link)
+
+    commit(folder, table(), info())
+
+    assert calls == ["fsync file", "link", "fsync folder"]
+
+
+@pytest.mark.parametrize(
+    "source", ["data/my set/ünï 1.parquet", "s3://bucket/a/b.parquet", "x" * 300, "../../etc/passwd"]
+)
+def test_part_names_are_plain_file_names_whatever_the_source_is_called(source: str) -> None:
+    name = part_name(source, 5, 7, "0" * 64)
+
+    assert Path(name).name == name
+    assert name.isascii()
+    assert len(name) < 128
+
+
+def test_overlapping_parts_are_refused() -> None:
+    with pytest.raises(OutputError, match="Two parts hold row 3"):
+        gaps(10, [range(0, 4), range(3, 5)])
+
+
+@given(num_rows=st.integers(0, 200), cuts=st.sets(st.integers(0, 200)), keep=st.data())
+def test_gaps_and_parts_together_are_all_rows_once(num_rows: int, cuts: set[int], keep: st.DataObject) -> None:
+    edges = sorted({0, num_rows, *(cut for cut in cuts if cut < num_rows)})
+    pieces = [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    done = [piece for piece in pieces if keep.draw(st.booleans())]
+
+    found = gaps(num_rows, done)
+
+    assert sorted(row for rows in [*found, *done] for row in rows) == list(range(num_rows))

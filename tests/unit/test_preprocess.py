@@ -1,0 +1,330 @@
+"""Order kept, neighbours untouched, nothing left behind, whatever happens inside a worker."""
+
+import ctypes
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from glm4v_batch.checkpoint import read_checkpoint
+from glm4v_batch.errors import sanitise
+from glm4v_batch.images import ImageLimits
+from glm4v_batch.preprocess import (
+    Item,
+    LookAhead,
+    Prepared,
+    Preprocessor,
+    PreprocessSettings,
+    preprocess,
+)
+from glm4v_batch.types import Chunk, Failure, ImageRef, Record, Request
+
+TINY = Path(__file__).parents[2] / "data" / "tiny-glm4v"
+SETTINGS = PreprocessSettings(
+    checkpoint=read_checkpoint(TINY),
+    system=None,
+    user="Describe {title}",
+    max_new_tokens=8,
+    record_seconds=1.5,
+)
+LONG = replace(SETTINGS, record_seconds=60)
+SINGLY = LookAhead(records_per_group=1)
+
+
+def picture(shade: int = 0, size: tuple[int, int] = (64, 64)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (shade, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def items(titles: list[str], rows_per_chunk: int = 4) -> Iterator[Item]:
+    for row, title in enumerate(titles):
+        chunk = Chunk("data/a.parquet", row - row % rows_per_chunk, rows_per_chunk)
+        images = (ImageRef(data=picture(row % 256)),)
+        yield chunk, Record(f"id{row}", "data/a.parquet", row, images, {"title": title})
+
+
+class Poisoned:
+    """A preprocessor whose decoder does what the record's title says."""
+
+    def __init__(self, settings: PreprocessSettings) -> None:
+        self._prepare = Preprocessor(settings)
+
+    def __call__(self, chunk: Chunk, record: Record) -> Prepared:
+        match record.fields["title"]:
+            case "segfault":
+                ctypes.string_at(0)
+            case "abort":
+                os.abort()
+            case "exit":
+                os._exit(0)
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(60)
+            case "allocate":
+                bytearray(10 * 1024**3)
+            case "imports":
+                loaded = sorted({"torch", "transformers"} & set(sys.modules))
+                return Failure(record.record_id, chunk.chunk_id, record.row, "decode", "loaded", str(loaded))
+        return self._prepare(chunk, record)
+
+
+def code_of(result: Prepared) -> str:
+    return "ok" if isinstance(result, Request) else result.code
+
+
+def assert_same(ours: list[Prepared], expected: list[Prepared]) -> None:
+    assert len(ours) == len(expected)
+    for one, other in zip(ours, expected, strict=True):
+        assert isinstance(one, Request)
+        assert isinstance(other, Request)
+        assert repr(one) == repr(other)  # everything but the inputs
+        assert one.inputs.input_ids.tolist() == other.inputs.input_ids.tolist()
+        assert one.inputs.image_grid_thw == other.inputs.image_grid_thw
+        assert (one.inputs.patches == other.inputs.patches).all()
+
+
+def child_processes() -> set[int]:
+    """The workers: children of our fork server."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid,stat"], capture_output=True, text=True, check=True)
+    rows = [line.split() for line in found.stdout.splitlines()[1:]]
+    servers = {pid for pid, parent, _ in rows if parent == str(os.getpid())}
+    return {int(pid) for pid, parent, state in rows if parent in servers and not state.startswith("Z")}
+
+
+def test_request_says_what_the_model_will_see() -> None:
+    [result] = preprocess(items(["x"]), SETTINGS, num_workers=0)
+
+    assert isinstance(result, Request)
+    assert (result.record_id, result.chunk_id, result.row) == ("id0", "data/a.parquet#0+4", 0)
+    assert result.inputs.image_grid_thw == ((1, 6, 6),)
+    assert result.visual_patches == 36 == len(result.inputs.patches)
+    assert result.prompt_tokens == len(result.inputs.input_ids)
+    assert result.inputs.input_ids.dtype == np.int32
+    assert result.inputs.input_ids.tolist().count(SETTINGS.checkpoint.image_token_id) == 9
+    assert result.max_new_tokens == 8
+
+
+def test_record_with_several_images_has_their_patches_in_order() -> None:
+    refs = (ImageRef(data=picture(1)), ImageRef(data=picture(2, (150, 40))))
+    record = Record("a", "s", 0, refs, {"title": ""})
+
+    [result] = preprocess([(Chunk("s", 0, 1), record)], SETTINGS, num_workers=0)
+
+    assert isinstance(result, Request)
+    assert result.inputs.image_grid_thw == ((1, 6, 6), (1, 4, 12))
+    assert [int(patch[0]) for patch in result.inputs.patches] == [1] * 36 + [2] * 48
+
+
+def test_record_without_images_is_text_only() -> None:
+    record = Record("a", "s", 0, (), {"title": ""})
+
+    [result] = preprocess([(Chunk("s", 0, 1), record)], SETTINGS, num_workers=0)
+
+    assert isinstance(result, Request)
+    assert result.inputs.patches.shape == (0, 588)
+    assert result.inputs.image_grid_thw == ()
+
+
+def test_workers_give_what_one_process_gives_in_order() -> None:
+    titles = [f"title {number}" for number in range(100)]
+
+    ours = list(preprocess(items(titles), SETTINGS, num_workers=2, ahead=LookAhead(records_per_group=7)))
+
+    assert_same(ours, list(preprocess(items(titles), SETTINGS, num_workers=0)))
+    assert child_processes() == set()
+
+
+@pytest.mark.parametrize(
+    ("poison", "code"),
+    [
+        ("segfault", "decoder_crashed"),
+        ("abort", "decoder_crashed"),
+        ("exit", "decoder_crashed"),
+        ("killed", "decoder_crashed"),
+        ("hang", "decoder_timeout"),
+        ("allocate", "decoder_crashed"),
+    ],
+)
+def test_poison_record_costs_itself_alone(poison: str, code: str) -> None:
+    titles = ["a", "b", poison, "c", *"defgh"]
+
+    results = list(
+        preprocess(
+            items(titles), SETTINGS, num_workers=1, ahead=LookAhead(records_per_group=4), make=Poisoned
+        )
+    )
+
+    assert [code_of(result) for result in results] == ["ok", "ok", code, *["ok"] * 6]
+    assert [result.row for result in results] == list(range(9))
+
+
+def test_many_poison_records_leave_the_others_in_order() -> None:
+    titles = ["exit" if row % 5 == 0 else "fine" for row in range(20)]
+
+    results = list(preprocess(items(titles), SETTINGS, num_workers=2, make=Poisoned))
+
+    expected = ["decoder_crashed" if row % 5 == 0 else "ok" for row in range(20)]
+    assert [code_of(result) for result in results] == expected
+    assert [result.record_id for result in results] == [f"id{row}" for row in range(20)]
+
+
+def test_workers_load_no_model_library() -> None:
+    [result] = preprocess(items(["imports"]), SETTINGS, num_workers=1, make=Poisoned)
+
+    assert isinstance(result, Failure)
+    assert result.message == "[]"
+
+
+def test_closing_half_way_ends_the_workers_at_once() -> None:
+    results = preprocess(items(["fine", *["hang"] * 20]), LONG, num_workers=2, ahead=SINGLY, make=Poisoned)
+    started = time.monotonic()
+    next(results)
+    assert child_processes()
+
+    results.close()  # type: ignore[attr-defined]  # it is a generator, which the annotation need not promise
+
+    assert child_processes() == set()
+    assert time.monotonic() - started < 30
+
+
+class Unstartable:
+    """A preprocessor that cannot be made."""
+
+    def __init__(self, settings: PreprocessSettings) -> None:
+        os._exit(3)
+
+    def __call__(self, chunk: Chunk, record: Record) -> Prepared:
+        raise AssertionError
+
+
+def test_worker_that_cannot_start_is_our_bug_and_no_failed_record() -> None:
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        list(preprocess(items(["a"]), SETTINGS, num_workers=1, make=Unstartable))
+
+    assert child_processes() == set()
+
+
+@pytest.mark.parametrize(
+    ("ahead", "most"),
+    [
+        (LookAhead(records=12, records_per_group=3), 12 + 3),
+        (LookAhead(bytes=10 * 22_000, records_per_group=2), 10 + 2 * 2),
+        (LookAhead(records=1, bytes=1, records_per_group=2), 2 * 2),
+    ],
+    ids=["records", "bytes", "least"],
+)
+def test_look_ahead_is_bounded(ahead: LookAhead, most: int) -> None:
+    taken = 0
+
+    def counted() -> Iterator[Item]:
+        nonlocal taken
+        for item in items([str(row) for row in range(200)]):
+            taken += 1
+            yield item
+
+    given_back = 0
+    for _ in preprocess(counted(), SETTINGS, num_workers=1, ahead=ahead):
+        given_back += 1
+        assert taken - given_back <= most
+
+    assert given_back == taken == 200
+
+
+def test_no_records_make_no_requests() -> None:
+    assert list(preprocess([], SETTINGS, num_workers=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("ref", "stage", "code"),
+    [
+        (ImageRef(), "read", "image_missing"),
+        (ImageRef(path="https://example.org/a.png"), "read", "url_not_allowed"),
+        (ImageRef(data=b"%PDF"), "decode", "image_format"),
+        (ImageRef(data=picture()[:60]), "decode", "image_truncated"),
+        (ImageRef(data=picture(size=(400, 400))), "decode", "image_too_large"),
+    ],
+)
+def test_bad_image_becomes_a_failure_with_its_stage_and_code(ref: ImageRef, stage: str, code: str) -> None:
+    settings = replace(SETTINGS, limits=ImageLimits(max_image_pixels=100_000))
+    record = Record("a", "s", 5, (ref,), {"title": ""})
+
+    [result] = preprocess([(Chunk("s", 4, 2), record)], settings, num_workers=0)
+
+    assert isinstance(result, Failure)
+    assert (result.record_id, result.chunk_id, result.row) == ("a", "s#4+2", 5)
+    assert (result.stage, result.code) == (stage, code)
+
+
+def test_unforeseen_error_becomes_a_failure_with_its_type() -> None:
+    record = Record("a", "s", 0, (), {"other": "\u202ex"})
+
+    [result] = preprocess([(Chunk("s", 0, 1), record)], SETTINGS, num_workers=0)
+
+    assert isinstance(result, Failure)
+    assert (result.code, result.message) == ("preprocess_error", "KeyError: 'title'")
+
+
+@given(st.text(max_size=400))
+def test_sanitised_message_is_one_short_printable_line(text: str) -> None:
+    message = sanitise(text)
+
+    assert len(message) <= 200
+    assert message.replace(" ", "").isprintable() or any(character.isspace() for character in message)
+    assert "\n" not in message
+    assert "\u202e" not in message
+
+
+def test_sanitised_message_holds_no_address() -> None:
+    assert sanitise("<Image at 0x7f21c0a41f90>\n\u202e") == "<Image at 0x…>\\n\\u202e"
+
+
+def test_killed_driver_leaves_no_worker(tmp_path: Path) -> None:
+    program = tmp_path / "driver.py"
+    program.write_text(
+        textwrap.dedent("""
+        import sys, time
+        sys.path[:0] = sys.argv[1:]
+        from test_preprocess import LONG, SINGLY, Poisoned, child_processes, items
+        from glm4v_batch.preprocess import preprocess
+
+        if __name__ == "__main__":
+            titles = ["fine"] + ["hang"] * 9
+            results = preprocess(items(titles), LONG, num_workers=2, ahead=SINGLY, make=Poisoned)
+            next(results)
+            print(*child_processes(), flush=True)
+            time.sleep(60)
+        """)
+    )
+    folders = [str(Path(__file__).parent), str(TINY.parents[1] / "pipeline")]
+    with subprocess.Popen([sys.executable, str(program), *folders], stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None
+        workers = [int(pid) for pid in driver.stdout.readline().split()]
+        driver.kill()
+
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+    assert len(workers) == 2
+    assert not any(map(is_running, workers))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
