@@ -77,7 +77,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     config = found.json("config.json")
     processor = found.image_processor()
     tokenizer_config = found.json("tokenizer_config.json", optional=True)
-    found.refuse_foreign(config, processor)
+    generation = [found.json("generation_config.json", optional=True), *_both(config)]
+    eos_token_ids = found.eos_token_ids(generation)
+    found.refuse_foreign(config, processor, tokenizer_config)
     checkpoint = Checkpoint(
         folder=folder,
         revision=_snapshot_commit(folder),
@@ -85,8 +87,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         dtype=_first(_both(config), "dtype", "torch_dtype"),
         context_tokens=found.number(_both(config), "max_position_embeddings"),
         image_token_id=found.number([config], "image_token_id"),
-        eos_token_ids=found.eos_token_ids(config),
-        pad_token_id=found.pad_token_id(config),
+        eos_token_ids=eos_token_ids,
+        # Padding is masked, so any id serves; the first EOS is what GLM itself uses.
+        pad_token_id=_first(generation, "pad_token_id") or eos_token_ids[0],
         images=found.processing(processor),
         tokenizer_file=found.file("tokenizer.json"),
         tokenizer_config=tokenizer_config,
@@ -118,14 +121,18 @@ def identity(checkpoint: Checkpoint) -> Mapping[str, str]:
     1 GiB; above, by each file's size and header and both ends (4 KiB) of every tensor in it. Training,
     merging or requantising a tensor changes these; an edit inside one tensor by hand may not.
     """
-    folder = checkpoint.folder
+    files = {
+        "config": "config.json",
+        "generation_config": "generation_config.json",
+        "image_processor": "preprocessor_config.json",
+        "processor": "processor_config.json",
+        "tokenizer": "tokenizer.json",
+        "tokenizer_config": "tokenizer_config.json",
+    }
     return {
         "weights": f"commit {checkpoint.revision}" if checkpoint.revision else _hash_weights(checkpoint),
-        "config": _hash_file(folder / "config.json"),
-        "generation_config": _hash_file(folder / "generation_config.json"),
-        "tokenizer": _hash_file(checkpoint.tokenizer_file),
         "chat_template": hashlib.sha256(checkpoint.chat_template.encode()).hexdigest(),
-        "image_processor": hashlib.sha256(repr(checkpoint.images).encode()).hexdigest(),
+        **{part: _hash_file(checkpoint.folder / name) for part, name in files.items()},
     }
 
 
@@ -137,6 +144,7 @@ class _Findings:
         self.mistakes: list[str] = []
 
     def json(self, name: str, *, optional: bool = False) -> Mapping[str, Any]:
+        """The object in the file, empty where it is missing or unusable."""
         path = self.folder / name
         if optional and not path.is_file():
             return {}
@@ -173,9 +181,10 @@ class _Findings:
             return nested
         return self.json("preprocessor_config.json")
 
-    def refuse_foreign(self, config: Mapping[str, Any], processor: Mapping[str, Any]) -> None:
+    def refuse_foreign(
+        self, config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
+    ) -> None:
         """Remote code, and models that the product does not know."""
-        tokenizer_config = self.json("tokenizer_config.json", optional=True)
         if any("auto_map" in section for section in (config, processor, tokenizer_config)):
             self.mistakes.append(
                 "brings its own Python code (auto_map), which is never run. "
@@ -189,26 +198,14 @@ class _Findings:
                 f"Use one of the types {', '.join(MODEL_TYPES)}."
             )
 
-    def eos_token_ids(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        generation = self.json("generation_config.json", optional=True)
-        ids = _first([generation, *_both(config)], "eos_token_id")
+    def eos_token_ids(self, sections: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        ids = _first(sections, "eos_token_id")
         if isinstance(ids, int):
             return (ids,)
         if not ids:
             self.mistakes.append("has no eos_token_id, neither in generation_config.json nor in config.json.")
-            return ()
+            return (0,)
         return tuple(ids)
-
-    def pad_token_id(self, config: Mapping[str, Any]) -> int:
-        generation = self.json("generation_config.json", optional=True)
-        value = _first([generation, *_both(config)], "pad_token_id")
-        # Padding is masked, so any id serves; the first EOS is what GLM itself uses.
-        return value if isinstance(value, int) else next(iter(self._eos_ids(generation, config)), 0)
-
-    @staticmethod
-    def _eos_ids(generation: Mapping[str, Any], config: Mapping[str, Any]) -> Iterable[int]:
-        ids = _first([generation, *_both(config)], "eos_token_id") or ()
-        return (ids,) if isinstance(ids, int) else ids
 
     def processing(self, section: Mapping[str, Any]) -> ImageProcessing:
         for switch in ("do_resize", "do_convert_rgb"):

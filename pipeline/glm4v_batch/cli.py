@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,11 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print the answe
 
 def _job_options(command: _Command) -> _Command:
     setting = click.option(
-        "--set", "overrides", multiple=True, metavar="A.B=C", help="Change a setting of the job file; repeatable."
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="A.B=C",
+        help="Change a setting of the job file; repeatable.",
     )
     return _job_file(setting(command))
 
@@ -58,7 +63,9 @@ def main() -> None:
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N rows of the source.")
 @_as_json
 @click.pass_context
-def run(ctx: click.Context, job_file: Path, overrides: tuple[str, ...], limit: int | None, as_json: bool) -> None:
+def run(
+    ctx: click.Context, job_file: Path, overrides: tuple[str, ...], limit: int | None, as_json: bool
+) -> None:
     """Do what is left of a job, and commit it part by part.
 
     Run the same command again after an interruption: it goes on where it stopped.
@@ -70,11 +77,13 @@ def run(ctx: click.Context, job_file: Path, overrides: tuple[str, ...], limit: i
     from glm4v_batch.executor import run as run_job
     from glm4v_batch.job import read_job
     from glm4v_batch.plan import open_job
-    from glm4v_batch.render import Progress, outcome_as_json, outcome_as_text
+    from glm4v_batch.progress import Progress
+    from glm4v_batch.render import outcome_as_json, outcome_as_text
 
     with Progress(sys.stderr) as progress:
         outcome = progress.follow(run_job(open_job(read_job(job_file, overrides)), limit))
-    click.echo(outcome_as_json(outcome) if as_json else outcome_as_text(outcome, str(job_file)))
+    command_line = shlex.join(["glm4v-batch", *sys.argv[1:]])
+    click.echo(outcome_as_json(outcome) if as_json else outcome_as_text(outcome, command_line))
     ctx.exit(outcome.exit_code)
 
 
@@ -116,7 +125,9 @@ def validate(job_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @main.command()
 @_job_options
-@click.option("-n", "num_rows", type=click.IntRange(min=1), default=4, show_default=True, help="Rows to show.")
+@click.option(
+    "-n", "num_rows", type=click.IntRange(min=1), default=4, show_default=True, help="Rows to show."
+)
 @_as_json
 def inspect(job_file: Path, overrides: tuple[str, ...], num_rows: int, as_json: bool) -> None:
     """Show rows as the model will see them: prompt, image sizes, tokens.
@@ -178,3 +189,7 @@ def schema() -> None:
     from glm4v_batch.render import as_json
 
     click.echo(as_json(job_schema()))
+
+
+if __name__ == "__main__":
+    main()

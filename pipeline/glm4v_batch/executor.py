@@ -69,7 +69,9 @@ def _events(plan: Plan, chunks: Iterable[Chunk], stop: "_Stop") -> Iterator[Even
     output = Output(Path(opened.job.output.path), opened.settings, opened.passed_fields)
     settings = preprocess_settings(opened)
     engine = open_engine(plan)
-    with closing(work(plan, chunks, partial(preprocess, settings=settings, num_workers=num_decoders()), engine, output)) as events:
+    with closing(
+        work(plan, chunks, partial(preprocess, settings=settings, num_workers=num_decoders()), engine, output)
+    ) as events:
         for event in events:
             yield event
             if stop.signal_number is not None:
@@ -144,7 +146,7 @@ class _Stop:
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
         # The second signal is not ours any more: it ends the process at once.
         signal.signal(number, signal.SIG_DFL)
         self.signal_number = number

@@ -37,6 +37,7 @@ from glm4v_batch.types import GridTHW, ImageRef
 from glm4v_batch.units import format_bytes, format_count
 
 _MAX_ASPECT = 200
+_PILLOW_PIXELS = 89_478_485  # Image.MAX_IMAGE_PIXELS, above which Pillow warns
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,6 +76,13 @@ class ImageLimits:
 
     max_image_pixels: int = 50_000_000
     max_image_bytes: int = 64 * 1024**2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_image_pixels <= _PILLOW_PIXELS:
+            raise JobError(
+                f"max_image_pixels must be at least 1 and at most {_PILLOW_PIXELS:,}, "
+                f"where Pillow stops, not {self.max_image_pixels:,}."
+            )
 
 
 @dataclass(frozen=True, slots=True)

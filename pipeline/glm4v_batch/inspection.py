@@ -34,8 +34,7 @@ def inspect_rows(opened: OpenJob, num_rows: int) -> list[InspectedRow]:
     renderer = settings.renderer()
     results = preprocess(iter(records), settings, num_workers=0)
     return [
-        _row(opened, renderer, record, result)
-        for (_, record), result in zip(records, results, strict=True)
+        _row(opened, renderer, record, result) for (_, record), result in zip(records, results, strict=True)
     ]
 
 
@@ -46,12 +45,18 @@ def _records(opened: OpenJob, num_rows: int) -> Iterator[tuple[Chunk, Record]]:
                 yield chunk, record
 
 
-def _row(opened: OpenJob, renderer: PromptRenderer, record: Record, result: Request | Failure) -> InspectedRow:
+def _row(
+    opened: OpenJob, renderer: PromptRenderer, record: Record, result: Request | Failure
+) -> InspectedRow:
     if isinstance(result, Failure):
         return InspectedRow(record.record_id, record.source, record.row, (), 0, "", result)
     images = opened.checkpoint.images
     sizes = tuple(
-        (rows * images.patch_size, columns * images.patch_size, frames * rows * columns // images.merge_size**2)
+        (
+            rows * images.patch_size,
+            columns * images.patch_size,
+            frames * rows * columns // images.merge_size**2,
+        )
         for frames, rows, columns in result.inputs.image_grid_thw
     )
     prompt = renderer.show(result.inputs.input_ids.tolist())

@@ -336,6 +336,18 @@ def _job_error(path: Path, mistakes: Sequence[Mistake]) -> JobError:
     return JobError.of_mistakes(str(path), lines)
 
 
+def write_template(path: Path) -> None:
+    """Write `INIT_TEMPLATE` to *path*, which must not exist."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(INIT_TEMPLATE)
+    except FileExistsError:
+        raise JobError(f"{path} exists already.", hint="Give another path.") from None
+    except OSError as error:
+        raise JobError(f"{path} cannot be written: {error.strerror}.") from None
+
+
 INIT_TEMPLATE = """\
 # A job for glm4v-batch. Run it with: glm4v-batch run <this file>
 # Settings that are commented out show their defaults. All of them: glm4v-batch schema

@@ -1,9 +1,11 @@
 """Predict a batch's peak memory from its shape, and learn from what the device measured.
 
-The peak of a device is modelled as `fixed + Σ coefficient × feature` over the features of a
-`BatchShape`, coefficients ≥ 0. They start from the formulas of the architecture and are pulled
-towards every measured batch. Trust is asymmetric: the share of the budget that batches may use
-rises slowly while they run clean and falls at once when memory runs out.
+A batch passes three phases: the vision tower, the prefill of the prompts, the decoding of the
+answers. Each takes `Σ coefficient × feature` over the features of a `BatchShape`, coefficients ≥ 0,
+and the peak is what the device held before plus the largest of the three. One sum over all features
+would add up what never exists at the same time. Coefficients start from the formulas of the
+architecture and are pulled towards every measured batch. Trust is asymmetric: the share of the
+budget that batches may use rises slowly while they run clean and falls at once when memory runs out.
 """
 
 from collections import deque
@@ -28,7 +30,8 @@ _SMALLEST_MARGIN = 0.02
 _WORKSPACE_FRACTION = 0.01
 # Small beside one sample, whose terms are of order one: the prior decides only what samples do not.
 _PRIOR_WEIGHT = 5e-4
-_SWEEPS = 100
+_SWEEPS = 60
+_ROUNDS = 3
 
 
 class Meter(Protocol):
@@ -55,44 +58,51 @@ class Meter(Protocol):
         ...
 
 
-def prior_coefficients(config: Mapping[str, Any], bytes_per_value: int) -> tuple[float, ...]:
-    """Bytes per request, padded token, visual patch, KV token and mask cell, from *config*.
+def prior_coefficients(config: Mapping[str, Any], bytes_per_value: int) -> FloatArray:
+    """Bytes per feature in each phase, [phases, features], of the model that *config* describes.
 
-    *config* is a checkpoint's config.json. The factors are read off exact live-byte traces of
-    GLM-4.1V-9B in transformers 5.17 and 5.23: a decoder layer's MLP holds four times its
-    intermediate and three times its hidden size per token; a vision block holds 18 times its
-    hidden size per patch beside the float32 pixels; a boolean mask and its additive copy take
-    three bytes per cell. They are upper bounds, because the phases do not peak together.
+    *config* is a checkpoint's config.json. Features are those of `BatchShape`, in its order.
+    The factors are read off exact live-byte traces of GLM-4.1V-9B under transformers 5.17 and 5.23:
+    a vision block holds 18 times its hidden size per patch beside the float32 pixels, which stay to
+    the end; a decoder layer's MLP four times its intermediate and five times its hidden size per
+    token; a padded batch a boolean mask and its additive copy; and a masked decode step
+    a copy of one layer's keys and values for every head. Logits count in the model's type and in
+    float32, where tokens are chosen.
     """
     text, vision = config.get("text_config", config), config["vision_config"]
     hidden, heads = text["hidden_size"], text["num_attention_heads"]
     head_dim = text.get("head_dim") or hidden // heads
-    key_values = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head_dim
-    pixels = 3 * vision.get("temporal_patch_size", 2) * vision["patch_size"] ** 2
-    return (
-        # Logits of one step: in the model's type, and in float32 where tokens are chosen.
-        float(text["vocab_size"] * (bytes_per_value + 8)),
-        float((4 * text["intermediate_size"] + 5 * hidden) * bytes_per_value),
-        float(18.1 * vision["hidden_size"] * bytes_per_value + 2 * 4 * pixels),
-        float((key_values + 2 * heads * head_dim) * bytes_per_value),
-        3.0,
+    key_values = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head_dim * bytes_per_value
+    pixels = 4 * 3 * vision.get("temporal_patch_size", 2) * vision["patch_size"] ** 2
+    logits = text["vocab_size"] * (bytes_per_value + 8)
+    features = hidden * bytes_per_value // 4
+    mlp = (4 * text["intermediate_size"] + 5 * hidden) * bytes_per_value
+    repeated = 2 * heads * head_dim * bytes_per_value
+    per_patch = 18.1 * vision["hidden_size"] * bytes_per_value + pixels
+    return np.array(
+        [
+            # requests, padded tokens, visual patches, KV tokens, mask cells
+            [0.0, 0.0, per_patch, 0.0, 0.0],
+            [logits, mlp + key_values, pixels + features, 0.0, 1.0 + bytes_per_value],
+            [logits, 0.0, pixels, key_values + repeated, 0.0],
+        ]
     )
 
 
 class MemoryModel:
     """Peak memory of one replica as a function of the batch, per device.
 
-    *fixed_bytes* is what each device holds before any batch, *prior* the coefficients of
-    `prior_coefficients`, *samples* what an earlier run measured on the same devices.
+    *fixed_bytes* is what each device holds before any batch, *prior* [phases, features] as
+    `prior_coefficients` gives it, *samples* what an earlier run measured on the same devices.
     """
 
     def __init__(
-        self, fixed_bytes: Sequence[int], prior: Sequence[float], samples: Sequence[PeakSample] = ()
+        self, fixed_bytes: Sequence[int], prior: FloatArray, samples: Sequence[PeakSample] = ()
     ) -> None:
         self._fixed_bytes = tuple(fixed_bytes)
         # Workspaces and the like: they come with the first batch and do not grow with it.
         self._priors = [
-            np.maximum([_WORKSPACE_FRACTION * fixed, *prior], 1e-3) for fixed in self._fixed_bytes
+            np.insert(prior, 0, _WORKSPACE_FRACTION * fixed, axis=1) for fixed in self._fixed_bytes
         ]
         self._coefficients = self._priors
         self._samples: deque[PeakSample] = deque(maxlen=_MEMORY_OF_SAMPLES)
@@ -104,7 +114,7 @@ class MemoryModel:
         """The peak that a batch of *shape* is expected to reach on each device, in bytes."""
         features = _features(shape)
         return tuple(
-            int(fixed + features @ coefficients)
+            int(fixed + (coefficients @ features).max())
             for fixed, coefficients in zip(self._fixed_bytes, self._coefficients, strict=True)
         )
 
@@ -152,21 +162,45 @@ class MemoryModel:
 
     def _falls_short(self, sample: PeakSample, device: int, coefficients: FloatArray) -> bool:
         taken = sample.peak_bytes[device] - self._fixed_bytes[device]
-        return bool(_features(sample.shape) @ coefficients < taken)
+        return bool((coefficients @ _features(sample.shape)).max() < taken)
 
     def _fit_to(self, samples: Sequence[PeakSample], device: int) -> FloatArray:
-        prior = self._priors[device]
         if not samples:
-            return prior
+            return self._priors[device]
+        features = np.stack([_features(s.shape) for s in samples])
         peaks = np.asarray([s.peak_bytes[device] for s in samples], np.float64) - self._fixed_bytes[device]
-        # Relative errors, and coefficients as multiples of the prior: all terms are of order one.
-        scale = np.maximum(peaks, 1.0)[:, None]
-        rows = np.stack([_features(s.shape) for s in samples]) * prior / scale
-        return prior * fit_multiples(rows, peaks / scale[:, 0])
+        return fit_phases(features, np.maximum(peaks, 1.0), self._priors[device])
 
 
 def _features(shape: BatchShape) -> FloatArray:
     return np.asarray([1, *astuple(shape)], dtype=np.float64)
+
+
+def fit_phases(features: FloatArray, peaks: FloatArray, prior: FloatArray) -> FloatArray:
+    """Coefficients [phases, features] whose largest phase gives *peaks*.
+
+    *features* is [samples, features], *peaks* [samples] in bytes above what is fixed. A sample
+    tells of the phase that dominates it, which the coefficients themselves decide: assign and fit
+    by turns, from the prior (max-affine regression: Magnani and Boyd 2009). A phase that never
+    dominated keeps its formula: samples of another phase say nothing of it.
+    """
+    coefficients = prior
+    for _ in range(_ROUNDS):
+        dominant = (features @ coefficients.T).argmax(axis=1)
+        coefficients = np.stack(
+            [
+                _fit_phase(features[dominant == k], peaks[dominant == k], phase)
+                for k, phase in enumerate(coefficients)
+            ]
+        )
+    return coefficients
+
+
+def _fit_phase(features: FloatArray, peaks: FloatArray, prior: FloatArray) -> FloatArray:
+    # Relative errors, and coefficients as multiples of the prior: all terms are of order one.
+    if not len(peaks):
+        return prior
+    return prior * fit_multiples(features * prior / peaks[:, None], np.ones(len(peaks)))
 
 
 def fit_multiples(rows: FloatArray, targets: FloatArray) -> FloatArray:

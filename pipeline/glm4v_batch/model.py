@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from glm4v_batch.errors import JobError
 
@@ -27,6 +28,7 @@ def load_model(folder: Path, dtype: str, device_map: Mapping[str, str]) -> PreTr
     # Read when torch first touches CUDA. Segments that grow keep batches of ever new sizes
     # from fragmenting the card.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    transformers_logging.disable_progress_bar()
     model, loading = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=_DTYPES[dtype],
@@ -40,7 +42,6 @@ def load_model(folder: Path, dtype: str, device_map: Mapping[str, str]) -> PreTr
     # Only what the job says counts; a checkpoint's own sampling settings would fill every gap.
     model.generation_config = GenerationConfig()
     model.eval()
-    assert isinstance(model, PreTrainedModel)
     return model
 
 

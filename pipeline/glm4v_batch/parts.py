@@ -208,7 +208,13 @@ def _info(path: Path, footer: bytes, num_rows: int) -> PartInfo:
         first_row, rows = body["rows"]
         counts = body["counts"]
         info = PartInfo(
-            body["fingerprint"], body["settings"], body["source"], first_row, rows, counts["ok"], counts["failed"]
+            body["fingerprint"],
+            body["settings"],
+            body["source"],
+            first_row,
+            rows,
+            counts["ok"],
+            counts["failed"],
         )
     except (ValueError, KeyError, TypeError):
         raise OutputError(f"{path.name} has a footer that cannot be read") from None

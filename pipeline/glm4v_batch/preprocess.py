@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,13 +28,13 @@ from typing import Protocol, Self, cast
 import numpy as np
 
 from glm4v_batch.checkpoint import Checkpoint
-from glm4v_batch.errors import RecordError, sanitise
+from glm4v_batch.errors import Glm4vBatchError, RecordError, sanitise
 from glm4v_batch.images import ImageLimits, ImagePatches, read_image, visual_tokens, with_pixel_limits
 from glm4v_batch.prompts import PromptRenderer
 from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request, Stage
 
 _START_SECONDS = 120
-_READY = b"ready"
+_READY = "ready"
 
 Item = tuple[Chunk, Record]
 Prepared = Request | Failure
@@ -57,6 +57,10 @@ class PreprocessSettings:
     limits: ImageLimits = field(default_factory=ImageLimits)
     record_seconds: float = 60
     worker_memory_bytes: int = 4 * 1024**3
+
+    def renderer(self) -> PromptRenderer:
+        """The checkpoint's tokenizer with the job's prompt. Making one takes a while."""
+        return PromptRenderer(self.checkpoint, system=self.system, user=self.user)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +89,7 @@ class Preprocessor:
 
     def __init__(self, settings: PreprocessSettings) -> None:
         self._settings = settings
-        self._renderer = PromptRenderer(settings.checkpoint, system=settings.system, user=settings.user)
+        self._renderer = settings.renderer()
         self._processing = with_pixel_limits(
             settings.checkpoint.images, settings.min_pixels, settings.max_pixels
         )
@@ -123,10 +127,11 @@ def preprocess(
     num_workers: int,
     ahead: LookAhead = LookAhead(),
     make: MakePrepare = Preprocessor,
-) -> Iterator[Prepared]:
+) -> Generator[Prepared, None, None]:
     """One request or failure per item, in order, prepared by *num_workers* processes (0: by this one).
 
-    *make* must be importable where the workers start. No worker outlives the iterator.
+    *make* must be importable where the workers start. No worker outlives the generator,
+    which is closed by whoever stops half-way.
     """
     if num_workers == 0:
         prepare = make(settings)
@@ -294,12 +299,15 @@ class _Worker:
             theirs.close()  # or the worker's death would not end the pipe
         self._pipe = pipe
         try:
-            ready = pipe.poll(_START_SECONDS) and pipe.recv_bytes() == _READY
+            answer = pipe.recv() if pipe.poll(_START_SECONDS) else None
         except (EOFError, OSError):
-            ready = False
-        if not ready:
-            raise RuntimeError(f"a preprocessing worker did not start: {self._end(grace_seconds=1)}")
-        return pipe
+            answer = None
+        if answer == _READY:
+            return pipe
+        end = self._end(grace_seconds=1)
+        if isinstance(answer, Glm4vBatchError):
+            raise answer
+        raise RuntimeError(f"a preprocessing worker did not start: {end}")
 
     def _end(self, *, grace_seconds: float) -> str:
         """Make sure that the process is gone, and say how it ended."""
@@ -327,9 +335,14 @@ def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) ->
     """The worker: prepare groups until the driver closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
     _die_with_parent()
-    prepare = make(settings)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker starts a thread per core
+    try:
+        prepare = make(settings)
+    except Glm4vBatchError as error:  # the user's mistake: the driver raises it
+        pipe.send(error)
+        return
     _limit_memory(settings.worker_memory_bytes)
-    pipe.send_bytes(_READY)
+    pipe.send(_READY)
     with suppress(EOFError, OSError):  # the driver is gone, or has closed the pipe
         while True:
             group: Sequence[Item] = pickle.loads(pipe.recv_bytes())  # noqa: S301  from our own driver

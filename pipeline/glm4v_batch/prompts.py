@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -22,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.errors import JobError, RecordError
-from glm4v_batch.templates import Piece, fill, parse_template
+from glm4v_batch.templates import fill, parse_template
 
 # Private-use characters, which no template contains; the spaces around them show what it strips.
 _SENTINELS = ("\ue000system\ue001", "\ue000user\ue001")
@@ -67,7 +68,7 @@ class PromptRenderer:
 
     def __init__(self, checkpoint: Checkpoint, *, system: str | None, user: str) -> None:
         self._checkpoint = checkpoint
-        self._system: tuple[Piece, ...] | None = None if system is None else parse_template(system)
+        self._system = system
         self._user = parse_template(user)
         self._special = _load_tokenizer(checkpoint)
         self._plain = _without_added_tokens(checkpoint)
@@ -83,7 +84,7 @@ class PromptRenderer:
 
         Raises RecordError where a column is unusable, or prompt and answer exceed the context.
         """
-        texts = ("" if self._system is None else fill(self._system, fields), fill(self._user, fields))
+        texts = (self._system or "", fill(self._user, fields))
         ids: list[int] = []
         images = iter(image_tokens)
         for segment in self._segments_for(len(image_tokens)):
@@ -100,6 +101,15 @@ class PromptRenderer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated *ids*, without special tokens; other added ones, as <think>, stay."""
         return str(self._special.decode(list(ids), skip_special_tokens=True))
+
+    def show(self, ids: Sequence[int]) -> str:
+        """A prompt as people read it: with its special tokens, each image's placeholders counted."""
+        shown = ""
+        for is_image, run in groupby(ids, key=lambda number: number == self._checkpoint.image_token_id):
+            numbers = list(run)
+            text = self._special.decode(numbers[:1] if is_image else numbers, skip_special_tokens=False)
+            shown += f"{text}×{len(numbers)}" if is_image else text
+        return shown
 
     def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
         context_tokens = self._checkpoint.context_tokens

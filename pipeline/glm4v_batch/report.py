@@ -88,9 +88,7 @@ def batch_figures(runs: Sequence[BatchRun]) -> dict[str, Any]:
             for run in measured
             for predicted, peak in zip(run.predicted_bytes, run.peak_bytes, strict=True)
         ]
-        used = [
-            max(p / b for p, b in zip(run.peak_bytes, run.budget_bytes, strict=True)) for run in measured
-        ]
+        used = [max(p / b for p, b in zip(run.peak_bytes, run.budget_bytes, strict=True)) for run in measured]
         figures["prediction_error_p95"] = round(_quantile(errors, 0.95), 4)
         figures["budget_used_median"] = round(_quantile(used, 0.5), 4)
         figures["peak_bytes"] = max(max(run.peak_bytes) for run in measured)
@@ -119,10 +117,11 @@ def read_runs(folder: Path) -> Iterator[tuple[str, BatchRun]]:
 
 def _parse_run(line: str) -> tuple[str, BatchRun] | None:
     try:
-        entry: Mapping[str, Any] = json.loads(line)
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items() if key != "context"}
-        return str(entry["context"]), BatchRun(**{**values, "shape": BatchShape(**entry["shape"])})
-    except (ValueError, TypeError, KeyError):
+        entry: dict[str, Any] = json.loads(line)
+        context, shape = str(entry.pop("context")), BatchShape(**entry.pop("shape"))
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+        return context, BatchRun(shape=shape, **values)
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

@@ -24,7 +24,7 @@ def row_seed(seed: int, record_id: str, row: int) -> int:
     return int.from_bytes(digest[:8], "big") & _MASK
 
 
-class SeededGumbel(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types
+class SeededGumbel(LogitsProcessor):  # type: ignore[misc]  # Any to mypy
     """Adds to each row's scores the noise of its own stream; argmax then samples."""
 
     def __init__(self, row_seeds: Sequence[int], prompt_length: int) -> None:

@@ -156,7 +156,10 @@ class BatchRun:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device as the run finds it. *index* counts as torch does, after CUDA_VISIBLE_DEVICES; None is the CPU."""
+    """A device as the run finds it.
+
+    *index* counts as torch does, after CUDA_VISIBLE_DEVICES; None is the CPU.
+    """
 
     index: int | None
     name: str

@@ -1,6 +1,7 @@
 """The main loop: chunks in, parts out; every row on the way is a value, a failed one too."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 
 from glm4v_batch.engines import Engine
 from glm4v_batch.output import Output
@@ -8,19 +9,20 @@ from glm4v_batch.parts import Part
 from glm4v_batch.plan import Plan
 from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, Record, Request, Result
 
-Preprocess = Callable[[Iterable[tuple[Chunk, Record]]], Iterator[Request | Failure]]
+Preprocess = Callable[[Iterable[tuple[Chunk, Record]]], Generator[Request | Failure, None, None]]
 
 
 def work(
     plan: Plan, chunks: Iterable[Chunk], preprocess: Preprocess, engine: Engine, output: Output
-) -> Iterator[Part | Result | BatchRun]:
+) -> Generator[Part | Result | BatchRun, None, None]:
     """Run *chunks* through the pipe; yield each result, each batch's figures, each part once durable."""
-    for event in engine.run(preprocess(_records(plan, chunks, output))):
-        yield event
-        if isinstance(event, (Completion, Failure)):
-            part = output.add(event)
-            if part is not None:
-                yield part
+    with closing(preprocess(_records(plan, chunks, output))) as requests:
+        for event in engine.run(requests):
+            yield event
+            if isinstance(event, (Completion, Failure)):
+                part = output.add(event)
+                if part is not None:
+                    yield part
 
 
 def _records(plan: Plan, chunks: Iterable[Chunk], output: Output) -> Iterator[tuple[Chunk, Record]]:

@@ -165,8 +165,10 @@ def test_unknown_model_type_with_a_glm_image_processor_is_accepted(folder: Path)
 def test_broken_json_is_reported_and_no_traceback(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
-    with pytest.raises(JobError, match=r"config.json that cannot be read"):
+    with pytest.raises(JobError) as caught:
         read_checkpoint(folder)
+
+    assert str(caught.value).count("config.json that cannot be read") == 1
 
 
 def test_switched_off_resizing_is_refused_and_not_ignored(folder: Path) -> None:

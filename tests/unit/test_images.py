@@ -347,6 +347,13 @@ def test_too_many_pixels_fail_before_decoding_and_warn_nobody(side: int) -> None
     assert seen == []
 
 
+def test_pixel_limit_that_pillow_would_not_honour_is_refused() -> None:
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485
+
+    with pytest.raises(JobError, match="max_image_pixels"):
+        ImageLimits(max_image_pixels=100_000_000)
+
+
 def test_too_many_bytes_fail_before_the_header() -> None:
     assert code_of(lambda: read(PHOTO, limits=ImageLimits(max_image_bytes=100))) == (
         "decode",

@@ -7,11 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4v_batch.memory import MemoryModel, fit_multiples, prior_coefficients
+from glm4v_batch.memory import FloatArray, MemoryModel, fit_multiples, prior_coefficients
 from glm4v_batch.types import BatchShape, PeakSample
 from tests.builders import shape
 
-PRIOR = (1000.0, 100.0, 50.0, 10.0, 0.1)
+# Phases by features: vision, prefill, decode by requests, padded tokens, patches, KV tokens, mask cells.
+PRIOR = np.array(
+    [
+        [0.0, 0.0, 100.0, 0.0, 0.0],
+        [1000.0, 300.0, 5.0, 0.0, 0.1],
+        [1000.0, 0.0, 5.0, 60.0, 0.0],
+    ]
+)
 FIXED = 1_000_000
 
 GLM_4_1V_9B = {
@@ -27,8 +34,8 @@ GLM_4_1V_9B = {
 }
 
 
-def peak_of(batch: BatchShape, coefficients: tuple[float, ...] = PRIOR) -> int:
-    return FIXED + int(np.dot(astuple(batch), coefficients))
+def peak_of(batch: BatchShape, coefficients: FloatArray = PRIOR) -> int:
+    return FIXED + int((coefficients @ np.array(astuple(batch), float)).max())
 
 
 def clean(batch: BatchShape, peak: int) -> PeakSample:
@@ -45,7 +52,7 @@ def test_an_untaught_model_predicts_by_the_formula() -> None:
 
 def test_predictions_follow_what_was_measured_and_not_the_formula() -> None:
     model = MemoryModel([FIXED], PRIOR)
-    truth = tuple(c * 3 for c in PRIOR)
+    truth = 3 * PRIOR
 
     for size in (1, 2, 4, 8):
         model.observe(clean(shape(size), peak_of(shape(size), truth)))
@@ -54,17 +61,36 @@ def test_predictions_follow_what_was_measured_and_not_the_formula() -> None:
     assert predicted == pytest.approx(peak_of(shape(64), truth), rel=0.03)
 
 
-def test_features_that_vary_separately_are_told_apart() -> None:
-    model = MemoryModel([FIXED], PRIOR)
-    truth = (0.0, 300.0, 20.0, 30.0, 0.0)
+def random_shapes(count: int) -> list[BatchShape]:
     rng = np.random.default_rng(0)
+    return [
+        shape(int(rng.integers(1, 20)), int(rng.integers(50, 900)), int(rng.integers(100, 4000)))
+        for _ in range(count)
+    ]
 
-    for _ in range(40):
-        batch = shape(int(rng.integers(1, 20)), int(rng.integers(50, 900)), int(rng.integers(100, 4000)))
+
+def test_each_phase_is_learnt_from_the_batches_that_it_dominates() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    truth = PRIOR * np.array([[1.5], [0.7], [1.0]])
+
+    for batch in random_shapes(60):
         model.observe(clean(batch, peak_of(batch, truth)))
 
-    unseen = shape(10, tokens=60, patches=3900)
-    assert model.predict(unseen)[0] == pytest.approx(peak_of(unseen, truth), rel=0.05)
+    many_patches, long_prompts = shape(10, tokens=60, patches=3900), shape(10, tokens=880, patches=110)
+    assert model.predict(many_patches)[0] == pytest.approx(peak_of(many_patches, truth), rel=0.03)
+    assert model.predict(long_prompts)[0] == pytest.approx(peak_of(long_prompts, truth), rel=0.03)
+
+
+def test_batches_of_one_phase_do_not_lower_the_prediction_of_another() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    cheap_vision = PRIOR * np.array([[0.5], [1.0], [1.0]])
+
+    for size in (1, 2, 4, 8):
+        batch = shape(size, tokens=50, patches=4000)
+        model.observe(clean(batch, peak_of(batch, cheap_vision)))
+
+    long_prompts = shape(8, tokens=900, patches=100)
+    assert model.predict(long_prompts)[0] == pytest.approx(peak_of(long_prompts), rel=0.02)
 
 
 def test_each_device_of_a_replica_has_its_own_prediction() -> None:
@@ -128,7 +154,7 @@ def test_a_batch_that_ran_out_of_memory_by_others_fault_does_not_lower_the_predi
 
 
 def test_samples_of_an_earlier_run_start_the_model_warm() -> None:
-    truth = tuple(c * 2 for c in PRIOR)
+    truth = 2 * PRIOR
     samples = [clean(shape(size), peak_of(shape(size), truth)) for size in (1, 4, 16, 64) for _ in range(3)]
 
     model = MemoryModel([FIXED], PRIOR, samples)
@@ -138,14 +164,14 @@ def test_samples_of_an_earlier_run_start_the_model_warm() -> None:
 
 
 def test_the_formula_gives_the_traced_bytes_of_glm_4_1v_9b() -> None:
-    """The figures are exact live-byte traces: logits, MLP of prefill, vision attention, KV cache."""
-    request, token, patch, kv_token, cell = prior_coefficients(GLM_4_1V_9B, bytes_per_value=2)
+    """The figures are exact live-byte traces: vision attention, MLP of prefill, logits, KV cache."""
+    vision, prefill, decode = prior_coefficients(GLM_4_1V_9B, bytes_per_value=2)
 
-    assert request == pytest.approx(303_104 + 8 * 151_552)
-    assert token == pytest.approx(134_400 + 16_384, rel=0.02)
-    assert patch == pytest.approx(60_320 + 4_704, rel=0.02)
-    assert kv_token == pytest.approx(40_960 + 16_384)
-    assert cell == 3.0
+    assert vision[2] == pytest.approx(60_320, rel=0.001)
+    assert prefill[1] == pytest.approx(134_400 + 16_384 + 40_960, rel=0.002)
+    assert prefill[4] == 3.0
+    assert decode[0] == pytest.approx(303_104 + 8 * 151_552)
+    assert decode[3] == pytest.approx(40_960 + 16_384)
 
 
 @given(

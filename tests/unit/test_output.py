@@ -19,7 +19,7 @@ from tests.builders import completion, failure, record
 
 SETTINGS = {"prompt.user": "Describe.", "generation.max_new_tokens": 64}
 CHUNK = Chunk("a.parquet", first_row=10, num_rows=3)
-IDENTITY = {"path": "a.parquet", "size": 99}
+IDENTITY: dict[str, str | int] = {"path": "a.parquet", "size": 99}
 
 
 def output(folder: Path) -> Output:
@@ -51,7 +51,9 @@ def test_a_chunk_is_committed_when_its_last_row_comes_and_not_before(tmp_path: P
 def test_answers_and_failures_stand_in_row_order_with_their_passed_columns(tmp_path: Path) -> None:
     with locked(tmp_path):
         out = begun(tmp_path)
-        parts = [out.add(r) for r in (completion(12, CHUNK, "c"), failure(11, CHUNK), completion(10, CHUNK, "a"))]
+        parts = [
+            out.add(r) for r in (completion(12, CHUNK, "c"), failure(11, CHUNK), completion(10, CHUNK, "a"))
+        ]
 
     assert parts[-1] is not None
     rows = pq.read_table(parts[-1].path).to_pylist()
@@ -65,7 +67,11 @@ def test_answers_and_failures_stand_in_row_order_with_their_passed_columns(tmp_p
 
 
 def test_a_second_run_is_refused_at_once_and_told_who_holds_the_folder(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(OutputLockedError, match=f"process {os.getpid()} on "), locked(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(OutputLockedError, match=f"process {os.getpid()} on "),
+        locked(tmp_path),
+    ):
         pass
 
 

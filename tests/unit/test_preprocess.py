@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from glm4v_batch.checkpoint import read_checkpoint
-from glm4v_batch.errors import sanitise
+from glm4v_batch.errors import JobError, sanitise
 from glm4v_batch.images import ImageLimits
 from glm4v_batch.preprocess import (
     Item,
@@ -99,10 +99,17 @@ def assert_same(ours: list[Prepared], expected: list[Prepared]) -> None:
 
 def child_processes() -> set[int]:
     """The workers: children of our fork server."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,stat"], capture_output=True, text=True, check=True)
-    rows = [line.split() for line in found.stdout.splitlines()[1:]]
-    servers = {pid for pid, parent, _ in rows if parent == str(os.getpid())}
-    return {int(pid) for pid, parent, state in rows if parent in servers and not state.startswith("Z")}
+    rows = {int(path.parent.name): state_and_parent(path) for path in Path("/proc").glob("[0-9]*/stat")}
+    servers = {pid for pid, (_, parent) in rows.items() if parent == os.getpid()}
+    return {pid for pid, (state, parent) in rows.items() if parent in servers and state != "Z"}
+
+
+def state_and_parent(path: Path) -> tuple[str, int]:
+    try:
+        state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z", 0
+    return state, int(parent)
 
 
 def test_request_says_what_the_model_will_see() -> None:
@@ -195,7 +202,7 @@ def test_closing_half_way_ends_the_workers_at_once() -> None:
     next(results)
     assert child_processes()
 
-    results.close()  # type: ignore[attr-defined]  # it is a generator, which the annotation need not promise
+    results.close()
 
     assert child_processes() == set()
     assert time.monotonic() - started < 30
@@ -216,6 +223,14 @@ def test_worker_that_cannot_start_is_our_bug_and_no_failed_record() -> None:
         list(preprocess(items(["a"]), SETTINGS, num_workers=1, make=Unstartable))
 
     assert child_processes() == set()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_users_mistake_is_raised_as_such_out_of_a_worker(num_workers: int) -> None:
+    settings = replace(SETTINGS, min_pixels=2000, max_pixels=1000)
+
+    with pytest.raises(JobError, match=r"images\.min_pixels"):
+        list(preprocess(items(["a"]), settings, num_workers=num_workers))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +339,4 @@ def test_killed_driver_leaves_no_worker(tmp_path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return state_and_parent(Path(f"/proc/{pid}/stat"))[0] != "Z"

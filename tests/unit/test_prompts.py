@@ -124,9 +124,15 @@ def test_prompt_of_the_job_is_plain_text_too() -> None:
     assert render("", [2], renderer).count(IMAGE) == 2
 
 
+def test_the_system_message_stands_as_it_is(tokenizer: Any) -> None:
+    renderer = PromptRenderer(CHECKPOINT, system="Answer as {json}.", user="{text}")
+
+    assert render("a", [1], renderer) == theirs(tokenizer, "a", system="Answer as {json}.")
+
+
 @pytest.mark.parametrize("sentinel", ["\ue000user\ue001", "\ue000system\ue001", "\u2003\u2002"])
 def test_sentinels_in_a_record_are_text(tokenizer: Any, sentinel: str) -> None:
-    renderer = PromptRenderer(CHECKPOINT, system="{text}", user="{text}!")
+    renderer = PromptRenderer(CHECKPOINT, system=sentinel, user="{text}!")
 
     ids = render(sentinel, [1], renderer)
 
@@ -209,6 +215,15 @@ def test_decoding_drops_special_tokens_and_keeps_thinking(tokenizer: Any) -> Non
     ids = tokenizer("<think>red</think><|endoftext|> box", add_special_tokens=False)["input_ids"]
 
     assert RENDERER.decode(ids) == "<think>red</think> box"
+
+
+def test_shown_prompt_counts_the_placeholders_of_each_image() -> None:
+    ids = render("Which is red? <|image|>", [4, 2])
+
+    assert RENDERER.show(ids) == (
+        "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|>×4<|end_of_image|>"
+        "<|begin_of_image|><|image|>×2<|end_of_image|>Which is red? <|image|><|assistant|>\n"
+    )
 
 
 def test_tokens_that_only_tokenizer_config_adds_are_known(tmp_path: Path) -> None:

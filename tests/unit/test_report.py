@@ -25,7 +25,12 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_report_counts_answers_and_failures_by_code(folder: Path) -> None:
     report = Report(folder, "model on cpu")
-    for result in (completion(0, CHUNK), failure(1, CHUNK), failure(2, CHUNK), failure(3, CHUNK, "image_format")):
+    for result in (
+        completion(0, CHUNK),
+        failure(1, CHUNK),
+        failure(2, CHUNK),
+        failure(3, CHUNK, "image_format"),
+    ):
         report.add_result(result)
 
     report.write()

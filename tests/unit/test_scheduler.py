@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,13 +12,13 @@ from glm4v_batch.types import BatchShape, Request
 from tests.builders import request, requests
 
 # Memory is counted in padded tokens: one byte each.
-PER_TOKEN = (0.0, 1.0, 0.0, 0.0, 0.0)
-TRUSTED = 100 * [1]
+PER_TOKEN = np.array([[0.0, 1.0, 0.0, 0.0, 0.0]])
 
 
 def scheduler(max_batch_size: int | None = None) -> tuple[Scheduler, MemoryModel]:
     memory = MemoryModel([0], PER_TOKEN)
     memory.trust = 1.0
+    memory.margin = 0.0
     return Scheduler(memory, max_batch_size), memory
 
 

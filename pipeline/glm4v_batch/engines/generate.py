@@ -142,7 +142,7 @@ class GenerateEngine:
     def _generate(self, batch: Sequence[Request]) -> list[list[int]]:
         inputs = self._inputs(batch)
         prompt_length = inputs["input_ids"].shape[1]
-        output = self._model.generate(  # type: ignore[operator]  # GenerationMixin is untyped
+        output = self._model.generate(
             **inputs,
             generation_config=self._config(),
             logits_processor=self._sampling(batch, prompt_length),
@@ -157,7 +157,9 @@ class GenerateEngine:
             "input_ids": ids_BT.to(device),
             "attention_mask": mask_BT.to(device),
             # Without these generate() falls back to text positions, silently.
-            "mm_token_type_ids": ((ids_BT == self._vocabulary.image_token_id) & mask_BT.bool()).int().to(device),
+            "mm_token_type_ids": ((ids_BT == self._vocabulary.image_token_id) & mask_BT.bool())
+            .int()
+            .to(device),
         }
         if any(r.visual_patches for r in batch):
             grids = [grid for r in batch for grid in r.inputs.image_grid_thw]

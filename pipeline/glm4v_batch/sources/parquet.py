@@ -71,6 +71,8 @@ class ParquetSource:
             cursor = self._open_at(chunk)
         for batch in cursor.take(chunk.num_rows):
             yield from records(batch, chunk.source, cursor.next_row - batch.num_rows, self._layout)
+        # Pages of large images are freed one by one, and the allocator would keep them all.
+        pa.default_memory_pool().release_unused()
         if cursor.next_row == cursor.shard.num_rows:
             cursor.close()
         else:

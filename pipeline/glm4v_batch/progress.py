@@ -1,0 +1,90 @@
+"""Show a run as it goes: a bar on a terminal, a line every half minute elsewhere."""
+
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from glm4v_batch.executor import Event, Outcome
+from glm4v_batch.plan import Plan
+from glm4v_batch.types import BatchRun, Completion, Failure
+from glm4v_batch.units import format_count
+
+_LOG_SECONDS = 30.0
+
+
+class Progress:
+    """Writes to *stream* what happens, and knows how far the run is."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bar: tqdm[Any] | None = None
+        self._started = self._last_line = time.monotonic()
+        self._num_done = 0
+        self._num_failed = 0
+        self._num_left: int | None = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def follow(self, events: Iterable[Event]) -> Outcome:
+        """Show *events* and return the outcome, which is the last of them."""
+        for event in events:
+            match event:
+                case Plan():
+                    self._begin(event)
+                case Completion() | Failure():
+                    self._count(event)
+                case BatchRun() if event.out_of_memory:
+                    self._note(f"out of memory: a batch of {event.shape.batch_size} was split")
+                case Outcome():
+                    return event
+        raise AssertionError("a run ends with its outcome")
+
+    def _begin(self, plan: Plan) -> None:
+        for line in _plan_lines(plan):
+            self._note(line)
+        self._num_left = plan.num_left
+        if self._stream.isatty() and plan.num_left != 0:
+            self._bar = tqdm(total=plan.num_left, unit=" rows", file=self._stream, smoothing=0.1)
+
+    def _count(self, result: Completion | Failure) -> None:
+        self._num_done += 1
+        self._num_failed += isinstance(result, Failure)
+        if self._bar is not None:
+            self._bar.update()
+            if isinstance(result, Failure):
+                self._bar.set_postfix(failed=self._num_failed)
+        elif time.monotonic() - self._last_line > _LOG_SECONDS:
+            self._last_line = time.monotonic()
+            self._note(self._progress_line())
+
+    def _progress_line(self) -> str:
+        rate = self._num_done / (self._last_line - self._started)
+        total = "" if self._num_left is None else f" of {self._num_left:,}"
+        return f"{self._num_done:,}{total} rows, {self._num_failed:,} failed, {rate:.1f} rows/s"
+
+    def _note(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
+
+
+def _plan_lines(plan: Plan) -> Iterator[str]:
+    job = plan.opened.job
+    left = "an unknown number of rows" if plan.num_left is None else format_count(plan.num_left, "row")
+    yield f"{job.name}: {left} to do, {plan.num_committed:,} committed in {job.output.path}"
+    where = "echo engine, no model is loaded" if plan.placement is None else plan.placement.reason
+    yield f"model {job.model.name}: {where}"
+    for path in plan.vanished:
+        yield f"gone: {path}; its parts stay"

@@ -1,0 +1,49 @@
+"""What all tests share: no network, and small sources of real images."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+MakeSource = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+
+
+def image_bytes(row: int, size: tuple[int, int] = (64, 64), kind: str = "PNG") -> bytes:
+    """An encoded image of one colour that depends on *row*."""
+    colour = tuple(int(c) for c in np.random.default_rng(row).integers(0, 256, 3))
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def make_source(tmp_path: Path) -> MakeSource:
+    """Writes Parquet shards of small images: `make_source(num_rows, shards=2)` gives their folder."""
+
+    def make(num_rows: int, *, shards: int = 1, broken: tuple[int, ...] = (), name: str = "source") -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        for shard, rows in enumerate(np.array_split(np.arange(num_rows), shards)):
+            data = [b"not an image" if row in broken else image_bytes(int(row)) for row in rows]
+            table = pa.table(
+                {
+                    "id": [f"id-{row}" for row in rows],
+                    "image": data,
+                    "title": [f"title {row}" for row in rows],
+                }
+            )
+            pq.write_table(table, folder / f"shard-{shard}.parquet", row_group_size=50)
+        return folder
+
+    return make

@@ -1,0 +1,68 @@
+"""The parts of the generate engine that a wrong batch would betray."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm4v_batch.engines.generate import cut_at_eos, left_padded, normalise, ran_out_of_memory
+
+
+def test_rows_are_padded_on_the_left_with_their_own_first_token() -> None:
+    ids, mask = left_padded([np.array([7, 8, 9], np.int32), np.array([5], np.int32)])
+
+    assert ids.tolist() == [[7, 8, 9], [5, 5, 5]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=6))
+def test_padding_adds_no_token_that_a_row_does_not_have(rows: list[list[int]]) -> None:
+    ids, mask = left_padded([np.array(row, np.int32) for row in rows])
+
+    for row, padded, real in zip(rows, ids, mask.bool(), strict=True):
+        assert padded[real].tolist() == row
+        assert set(padded.tolist()) == set(row)
+
+
+def test_normalised_pixels_are_looked_up_per_channel_and_repeated_over_time() -> None:
+    table = torch.arange(3 * 256, dtype=torch.float32).view(3, 256)
+    patches = torch.tensor([[1, 2, 10, 20, 100, 200]], dtype=torch.uint8)
+
+    values = normalise(patches, table, temporal_patch_size=2)
+
+    red, green, blue = [1, 2], [256 + 10, 256 + 20], [512 + 100, 512 + 200]
+    assert values.tolist() == [[*red, *red, *green, *green, *blue, *blue]]
+
+
+def test_a_row_is_cut_at_its_first_end_token() -> None:
+    assert cut_at_eos([4, 5, 2, 6, 2, 2], eos_token_ids=(2, 3)) == ([4, 5], "stop")
+    assert cut_at_eos([4, 5, 6], eos_token_ids=(2, 3)) == ([4, 5, 6], "length")
+    assert cut_at_eos([3, 4], eos_token_ids=(2, 3)) == ([], "stop")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+    ],
+)
+def test_allocation_failures_are_recognised_whatever_library_reports_them(error: RuntimeError) -> None:
+    assert ran_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Expected all tensors to be on the same device"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+)
+def test_other_errors_are_never_taken_for_lack_of_memory(error: RuntimeError) -> None:
+    assert not ran_out_of_memory(error)
