@@ -22,7 +22,8 @@ run: $(INSTALLED) ## run jobs/caption.yaml on the bundled model and data
 	$(BIN)/glm4v-batch run jobs/caption.yaml
 
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/e2e/test_scale.py
+	$(BIN)/python -m pytest tests/e2e/test_scale.py -s  # alone, because it measures speed
 
 check: $(INSTALLED) ## ruff, mypy and the import layers
 	$(BIN)/ruff check .

@@ -77,7 +77,9 @@ def write_large_source(path: Path, num_rows: int, cell_bytes: int) -> None:
 def peak_rss(arguments: list[str]) -> int:
     """The most resident bytes that the process and all its children held together."""
     peak = 0
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         tree = psutil.Process(process.pid)
         while process.poll() is None:
             total = 0
