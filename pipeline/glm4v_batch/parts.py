@@ -84,7 +84,7 @@ def part_name(source: str, first_row: int, num_rows: int, fingerprint: str) -> s
     """The one name that a chunk's part can have.
 
     >>> part_name("data/scenes/scenes-00000.parquet", 128, 16, "0123456789abcdef")
-    'part-scenes-00000.1d6a58cb-000000128-16-0123456789ab.parquet'
+    'part-scenes-00000.002e94eb-000000128-16-0123456789ab.parquet'
     """
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).name.split(".")[0])[:40]
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
