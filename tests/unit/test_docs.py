@@ -31,7 +31,7 @@ def test_some_docstrings_have_examples() -> None:
 
 
 def test_the_job_file_of_the_readme_is_valid_and_names_every_section(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     (tmp_path / "job.yaml").write_text(text)
 
     read_job(tmp_path / "job.yaml")
@@ -55,7 +55,8 @@ def test_the_mistakes_of_the_readme_are_those_that_are_found(tmp_path: Path) -> 
 
 def test_every_exit_code_is_explained() -> None:
     table = README[README.index("| exit | meaning |") :]
-    explained = {int(number) for line in re.findall(r"^\| ([\d, ]+) \|", table, re.M) for number in line.split(", ")}
+    rows = re.findall(r"^\| ([\d, ]+) \|", table, re.M)
+    explained = {int(number) for row in rows for number in row.split(", ")}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
 
     used = {kind.exit_code for kind in kinds if issubclass(kind, errors.Glm4vBatchError)}
