@@ -55,7 +55,7 @@ def test_the_mistakes_of_the_readme_are_those_that_are_found(tmp_path: Path) -> 
 
 def test_every_exit_code_is_explained() -> None:
     table = README[README.index("| exit | meaning |") :]
-    rows = re.findall(r"^\| ([\d, ]+) \|", table, re.M)
+    rows = re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE)
     explained = {int(number) for row in rows for number in row.split(", ")}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
 
