@@ -1,6 +1,5 @@
 """Load a checkpoint with transformers, strictly: safetensors only, no remote code, every key in its place."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,6 @@ def load_model(folder: Path, dtype: str, device_map: Mapping[str, str]) -> PreTr
     Raises JobError where the checkpoint's keys are not exactly the model's: transformers would
     fill what is missing with random numbers and go on.
     """
-    # Read when torch first touches CUDA. Segments that grow keep batches of ever new sizes
-    # from fragmenting the card.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     transformers_logging.disable_progress_bar()
     model, loading = AutoModelForImageTextToText.from_pretrained(
         folder,

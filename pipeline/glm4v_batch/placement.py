@@ -4,6 +4,7 @@ This version runs one replica on one device: the chosen GPU with the most free m
 CPU where there is none.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,11 +18,21 @@ Use = Literal["all", "cpu"] | Sequence[int]
 _SMALLEST_ROOM = 1.03
 
 
+def let_segments_grow() -> None:
+    """Ask torch's CUDA allocator for segments that grow, unless the user has asked for something else.
+
+    Batches of ever new sizes fragment a card otherwise: a batch predicted and measured at 88 % of an
+    80 GB card ran out of memory. To be called before torch touches CUDA, which reads this once.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def find_devices(use: Use) -> tuple[Device, ...]:
     """The devices that `devices.use` names, GPUs first choice, the CPU where there is no GPU.
 
     Raises JobError where it names a GPU that is not there.
     """
+    let_segments_grow()
     import torch
 
     count = torch.cuda.device_count() if use != "cpu" else 0

@@ -27,6 +27,7 @@ from glm4v_batch.images import normalisation_table, resized_size
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, prior_coefficients
 from glm4v_batch.meters import CudaMeter
+from glm4v_batch.placement import let_segments_grow
 from glm4v_batch.report import batch_figures
 from glm4v_batch.types import BatchRun, Completion, Failure, ModelInputs, Request
 from tests.bench.workloads import w2
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--cap-gib", type=float, help="stand for a smaller card")
     options = parser.parse_args()
+    let_segments_grow()
     print(environment())
     if options.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
