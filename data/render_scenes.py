@@ -553,7 +553,9 @@ def write_shards(folder: Path, num_records: int, num_shards: int) -> None:
         table = pa.Table.from_pylist([held_out_record(i) for i in indices], schema=scenes_schema())
         final = folder / f"scenes-{shard:05d}.parquet"
         temporary = final.with_name(f".{final.name}.tmp")
-        pq.write_table(table, temporary, row_group_size=-(-per_shard // (2 + shard % 2)))
+        pq.write_table(
+            table, temporary, row_group_size=-(-per_shard // (2 + shard % 2)), write_page_checksum=True
+        )
         temporary.replace(final)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from glm4v_batch.types import BatchShape, Chunk, Completion, Failure, ImageRef, ModelInputs, Record, Request
 
@@ -32,9 +33,10 @@ def failure(row: int, chunk: Chunk, code: str = "image_truncated") -> Failure:
     return Failure(f"id-{row}", chunk.chunk_id, row, "decode", code, "the image ends early")
 
 
-def record(row: int, chunk: Chunk, **fields: object) -> Record:
-    """The record at *row* of *chunk*."""
-    return Record(f"id-{row}", chunk.source, row, (ImageRef(data=b""),), fields)
+def record(row: int, chunk: Chunk, **passed: object) -> Record:
+    """The record at *row* of *chunk*, with the columns *passed* to pass through."""
+    table = pa.table({name: [value] for name, value in passed.items()})
+    return Record(f"id-{row}", chunk.source, row, (ImageRef(data=b""),), {}, table)
 
 
 def shape(batch_size: int = 1, tokens: int = 100, patches: int = 400, new_tokens: int = 50) -> BatchShape:

@@ -15,9 +15,6 @@ from typing import Any, BinaryIO
 from glm4v_batch.errors import JobError
 
 MODEL_TYPES = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
-IMAGE_PROCESSORS = frozenset(
-    f"{name}ImageProcessor{ending}" for name in ("Glm4v", "Glm46V") for ending in ("", "Fast", "Pil")
-)
 _ALLOW_PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
 _SAMPLED_FROM_BYTES = 1024**3
 _SAMPLE_BYTES = 4096
@@ -59,7 +56,6 @@ class Checkpoint:
     context_tokens: int
     image_token_id: int
     eos_token_ids: tuple[int, ...]
-    pad_token_id: int
     images: ImageProcessing
     tokenizer_file: Path
     tokenizer_config: Mapping[str, Any] = field(repr=False)
@@ -88,8 +84,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         context_tokens=found.number(_both(config), "max_position_embeddings"),
         image_token_id=found.number([config], "image_token_id"),
         eos_token_ids=eos_token_ids,
-        # Padding is masked, so any id serves; the first EOS is what GLM itself uses.
-        pad_token_id=_first(generation, "pad_token_id") or eos_token_ids[0],
         images=found.processing(processor),
         tokenizer_file=found.file("tokenizer.json"),
         tokenizer_config=tokenizer_config,
@@ -191,8 +185,7 @@ class _Findings:
                 "Use a version of the model that transformers supports itself."
             )
         model_type = config.get("model_type")
-        known = model_type in MODEL_TYPES or processor.get("image_processor_type") in IMAGE_PROCESSORS
-        if config and not known:
+        if config and model_type not in MODEL_TYPES:
             self.mistakes.append(
                 f"is a model of type {model_type}, which is not supported. "
                 f"Use one of the types {', '.join(MODEL_TYPES)}."
@@ -248,7 +241,13 @@ class _Findings:
             self.mistakes.append(
                 f"lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:3])}."
             )
-        return tuple(self.folder / name for name in names)
+        paths = tuple(self.folder / name for name in names)
+        self.mistakes += [
+            f"has a damaged weight file: {path.name} {fault}. Download it again."
+            for path in paths
+            if path.is_file() and (fault := _weight_fault(path))
+        ]
+        return paths
 
     def _has_pickles(self) -> bool:
         return any(next(self.folder.glob(pattern), None) for pattern in ("*.bin", "*.pt", "*.pth"))
@@ -288,12 +287,27 @@ def _snapshot(name: str, revision: str | None) -> Path:
         hint = "Check model.name; for a private model log in with: hf auth login"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         problem = (
-            f"{f'at revision {revision} ' if revision else ''}is not downloaded, and the Hub is out of reach."
+            f"{f'at revision {revision} ' if revision else ''}is no folder here and not downloaded, "
+            "and the Hub is out of reach."
         )
         hint = f"Check model.name, or download it where there is a network, with: hf download {name}"
     except (errors.HfHubHTTPError, OSError) as error:
         problem, hint = f"could not be downloaded: {error}", "Try again; what has arrived is kept."
     raise JobError(f"model {name} {problem}", hint=hint)
+
+
+def _weight_fault(path: Path) -> str:
+    """What is wrong with a safetensors file's size, from its header; empty where nothing is."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            header = file.read(min(size, int.from_bytes(file.read(8), "little")))
+        expected = 8 + len(header) + max((end for _, end in _tensor_ranges(header)), default=0)
+    except PermissionError:
+        return "may not be read by this user"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "has no safetensors header"
+    return "" if size == expected else f"has {size:,} bytes instead of {expected:,}"
 
 
 def _hash_weights(checkpoint: Checkpoint) -> str:

@@ -25,6 +25,10 @@ class _Commands(click.Group):
             if error.hint:
                 click.echo(f"  {error.hint}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            # A run handles it itself; this one came before or after.
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
 
 
 _job_file = click.argument("job_file", metavar="JOB", type=click.Path(path_type=Path))

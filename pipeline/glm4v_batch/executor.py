@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0, 3 with failed records in the folder, 130 or 143 after a signal."""
+        """0, 3 with failed records in the folder, 128 and the number of the signal that ended the run."""
         if self.signal_number is not None:
             return 128 + self.signal_number
         return 3 if self.num_failed else 0
@@ -61,7 +61,9 @@ def run(opened: OpenJob, limit: int | None = None) -> Iterator[Event]:
         with _stop_on_signals() as stop:
             yield from _counted(_events(plan, _until(stop, first, chunks), stop), report)
         report.write()
-        yield Outcome(plan, report.as_dict(), num_failed + report.num_failed_committed, stop.signal_number)
+        # A signal that came when nothing was left to stop interrupted nothing.
+        number = stop.signal_number if stop.is_heeded else None
+        yield Outcome(plan, report.as_dict(), num_failed + report.num_failed_committed, number)
 
 
 def _events(plan: Plan, chunks: Iterable[Chunk], stop: "_Stop") -> Iterator[Event]:
@@ -69,18 +71,23 @@ def _events(plan: Plan, chunks: Iterable[Chunk], stop: "_Stop") -> Iterator[Even
     output = Output(Path(opened.job.output.path), opened.settings, opened.passed_fields)
     settings = preprocess_settings(opened)
     engine = open_engine(plan)
+    if stop.heed():  # it came while the model loaded
+        return
     with closing(
         work(plan, chunks, partial(preprocess, settings=settings, num_workers=num_decoders()), engine, output)
     ) as events:
         for event in events:
             yield event
-            if stop.signal_number is not None:
+            # Not before: the batch's other answers are there already and may complete a chunk.
+            if isinstance(event, BatchRun) and stop.heed():
                 return
 
 
 def num_decoders() -> int:
     """Worker processes for preprocessing: the cores that this process may use, one left for itself."""
-    return max(2, len(os.sched_getaffinity(0)) - 1)
+    # Only Linux tells which cores a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, cores - 1)
 
 
 def _counted(events: Iterable[Event], report: Report) -> Iterator[Event]:
@@ -141,15 +148,24 @@ def _generate_engine(plan: Plan) -> Engine:
 
 
 class _Stop:
-    """Whether a signal asked the run to stop, and which."""
+    """Whether a signal asked the run to stop, which, and whether something was left to stop."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.is_heeded = False
+
+    def heed(self) -> bool:
+        """Whether the run is to end here."""
+        self.is_heeded = self.is_heeded or self.signal_number is not None
+        return self.is_heeded
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         # The second signal is not ours any more: it ends the process at once.
         signal.signal(number, signal.SIG_DFL)
         self.signal_number = number
+        # Straight to the descriptor: the stream may be in the middle of a write of its own.
+        with suppress(OSError):
+            os.write(2, b"\nStopping after the batch in hand; once more to stop at once.\n")
 
 
 @contextmanager
@@ -158,7 +174,9 @@ def _stop_on_signals() -> Iterator[_Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals; a program that embeds us has its own
         return
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    # nohup and job runners ignore a signal on purpose; so it stays.
+    previous = {n: signal.signal(n, stop) for n in asked if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield stop
     finally:
@@ -169,6 +187,6 @@ def _stop_on_signals() -> Iterator[_Stop]:
 def _until(stop: _Stop, first: Chunk, rest: Iterable[Chunk]) -> Iterator[Chunk]:
     yield first
     for chunk in rest:
-        if stop.signal_number is not None:
+        if stop.heed():
             return
         yield chunk

@@ -32,7 +32,7 @@ from PIL import (
 )
 
 from glm4v_batch.checkpoint import ImageProcessing
-from glm4v_batch.errors import JobError, RecordError
+from glm4v_batch.errors import JobError, RecordError, SourceError
 from glm4v_batch.types import GridTHW, ImageRef
 from glm4v_batch.units import format_bytes, format_count
 
@@ -253,7 +253,10 @@ def _read_file(path: str | None, root: Path | None, limits: ImageLimits) -> byte
         raise RecordError("read", "image_unreadable", "the file may not be read by this user") from error
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # the disk's trouble is not the record's
-            raise
+            raise SourceError(
+                f"{file_path} cannot be read: {error.strerror}.",
+                hint="What is committed is safe. Mend this, then run the same command again.",
+            ) from error
         raise RecordError("read", "image_missing", "the path is too long") from error
 
 

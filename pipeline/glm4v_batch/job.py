@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -176,9 +177,11 @@ def _check_devices(value: Any) -> Any:
         return value
     numbers = isinstance(value, (list, tuple)) and all(type(item) is int and item >= 0 for item in value)
     if not numbers or not value:
-        raise ValueError(f"must be all, cpu or a list of GPU numbers such as [0, 1], not {shown(value)}")
-    if len(set(value)) < len(value):
-        raise ValueError("names a GPU twice")
+        raise ValueError(f"must be all, cpu or a GPU number such as [0], not {shown(value)}")
+    if len(value) > 1:
+        raise ValueError(
+            f"names {len(value)} GPUs, and this version runs on one: name one, or leave it at all"
+        )
     return tuple(value)
 
 
@@ -186,7 +189,7 @@ class DeviceSettings(_Section):
     """Where the model runs. None of this changes the output."""
 
     use: Annotated[Literal["all", "cpu"] | tuple[int, ...], BeforeValidator(_check_devices)] = Field(
-        default="all", description="all GPUs, cpu, or a list of GPU numbers."
+        default="all", description="all: the GPU with the most free memory; cpu; or one GPU, as [0]."
     )
     layout: Literal["auto"] = Field(default="auto", description="How the model lies on the GPUs.")
     gpus_per_replica: Literal["auto"] = Field(
@@ -219,10 +222,18 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _local_folder(value: str) -> str:
+    if "://" in value:
+        raise ValueError(f"must be a folder on this machine, not {shown(value)}: parts are linked and synced")
+    return str(Path(value).expanduser())
+
+
 class OutputSettings(_Section):
     """Where the parts go. The folder is also the checkpoint of the run."""
 
-    path: Text = Field(description="The folder of the output; it belongs to one job.")
+    path: Annotated[Text, AfterValidator(_local_folder)] = Field(
+        description="The folder of the output; it belongs to one job."
+    )
     rows_per_part: int = Field(
         default=128, ge=1, description="Rows that are committed together, as one file."
     )
@@ -288,10 +299,6 @@ class Job(_Section):
         }
         return {self._locate(location): columns for location, columns in asked.items()}
 
-    def field_columns(self) -> tuple[str, ...]:
-        """The source columns that records carry along, for the prompt and for the output."""
-        return tuple(dict.fromkeys((*columns_of(self.prompt.user), *self.output.columns)))
-
     def _locate(self, location: tuple[str, str]) -> str:
         setting = ".".join(location)
         origin = self._origins.get(location)
@@ -337,15 +344,19 @@ def _job_error(path: Path, mistakes: Sequence[Mistake]) -> JobError:
 
 
 def write_template(path: Path) -> None:
-    """Write `INIT_TEMPLATE` to *path*, which must not exist."""
+    """Write `INIT_TEMPLATE`, named after the file, to *path*, which must not exist."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
-            file.write(INIT_TEMPLATE)
+            file.write(INIT_TEMPLATE.replace("caption", _slug(path.stem)))
     except FileExistsError:
         raise JobError(f"{path} exists already.", hint="Give another path.") from None
     except OSError as error:
         raise JobError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-") or "caption"
 
 
 INIT_TEMPLATE = """\
@@ -392,7 +403,7 @@ generation:
   # seed: 0
 
 devices:
-  # use: all                   # all | cpu | a list of GPU numbers such as [0, 1]
+  # use: all                   # all: the freest GPU | cpu | one GPU, as [0]
   # layout: auto
   # gpus_per_replica: auto
   # memory_fraction: 0.92

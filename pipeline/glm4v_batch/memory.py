@@ -26,7 +26,11 @@ _TRUST_GAIN = 1.25
 _TRUST_LOSS = 0.7
 _MEMORY_OF_SAMPLES = 512
 _RECENT = 32
+_LEAST_TRUST = 0.1
 _SMALLEST_MARGIN = 0.02
+_LARGEST_MARGIN = 1.0
+_MARGIN_QUANTILE = 0.9
+_LEAST_PEAK_FRACTION = 0.01
 _WORKSPACE_FRACTION = 0.01
 # Small beside one sample, whose terms are of order one: the prior decides only what samples do not.
 _PRIOR_WEIGHT = 5e-4
@@ -133,14 +137,22 @@ class MemoryModel:
 
     def _learn(self, samples: Sequence[PeakSample]) -> None:
         for sample in samples:
-            factor = _TRUST_LOSS if sample.out_of_memory else _TRUST_GAIN
-            self.trust = min(1.0, self.trust * factor)
+            self.trust = self._next_trust(sample)
             self._samples.append(sample)
         if samples:
             self._coefficients = [self._fit(device) for device in range(len(self._fixed_bytes))]
             # Errors are judged by the new fit: what it has learnt needs no margin any more.
-            recent = list(self._samples)[-_RECENT:]
-            self.margin = max([_SMALLEST_MARGIN, *map(self._excess, recent)])
+            recent = sorted(map(self._excess, list(self._samples)[-_RECENT:]))
+            # Not the very worst: one odd batch would hold all others down for long.
+            worst = recent[int(_MARGIN_QUANTILE * (len(recent) - 1))]
+            self.margin = min(max(worst, _SMALLEST_MARGIN), _LARGEST_MARGIN)
+
+    def _next_trust(self, sample: PeakSample) -> float:
+        if not sample.out_of_memory:
+            return min(1.0, self.trust * _TRUST_GAIN)
+        # A request alone is tried whatever the prediction says; that it fails says nothing of larger batches.
+        alone = sample.shape.batch_size == 1
+        return self.trust if alone else max(_LEAST_TRUST, self.trust * _TRUST_LOSS)
 
     def _excess(self, sample: PeakSample) -> float:
         return max(
@@ -169,7 +181,9 @@ class MemoryModel:
             return self._priors[device]
         features = np.stack([_features(s.shape) for s in samples])
         peaks = np.asarray([s.peak_bytes[device] for s in samples], np.float64) - self._fixed_bytes[device]
-        return fit_phases(features, np.maximum(peaks, 1.0), self._priors[device])
+        # A resident set can shrink below what it was at first: no batch is all but free.
+        least = _LEAST_PEAK_FRACTION * (features @ self._priors[device].T).max(axis=1)
+        return fit_phases(features, np.maximum(peaks, least), self._priors[device])
 
 
 def _features(shape: BatchShape) -> FloatArray:

@@ -1,5 +1,6 @@
 """Say what pydantic found wrong in the user's own words: one sentence a mistake, with a suggestion."""
 
+import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -10,6 +11,8 @@ from pydantic_core import ErrorDetails
 from .yaml_lines import Location
 
 Models = tuple[type[BaseModel], ...]
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[Location, str]]:
@@ -73,8 +76,22 @@ def _predicate(details: ErrorDetails, location: Location, parents: Models, root:
         case "string_too_short":
             return "must not be empty"
     wanted = _wanted(details["type"], context)
-    quoting = ". Put it in quotes" if details["type"] == "string_type" and _is_plain(value) else ""
-    return f"must be {wanted}, not {shown(value)}{quoting}" if wanted else f"is refused: {details['msg']}"
+    return (
+        f"must be {wanted}, not {shown(value)}{_quoting(details)}"
+        if wanted
+        else f"is refused: {details['msg']}"
+    )
+
+
+def _quoting(details: ErrorDetails) -> str:
+    kind, value = details["type"], details["input"]
+    if kind == "string_type" and (_is_plain(value) or isinstance(value, dict)):
+        return ". Put it in quotes"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and _NUMBER.fullmatch(value):
+        return ". Take its quotes away"
+    if kind in ("tuple_type", "list_type") and isinstance(value, str):
+        return f". Write [{_short(value)}]"
+    return ""
 
 
 def _wanted(kind: str, context: dict[str, Any]) -> str:

@@ -10,15 +10,25 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 
 from glm4v_batch.errors import OutputError, OutputLockedError
-from glm4v_batch.parts import RESULT_FIELDS, STATE_FOLDER, Part, PartInfo, commit, list_parts, sync_folder
+from glm4v_batch.parts import (
+    RESULT_FIELDS,
+    STATE_FOLDER,
+    Part,
+    PartInfo,
+    commit,
+    list_parts,
+    refusing,
+    sync_folder,
+)
 from glm4v_batch.types import Chunk, Completion, Failure, Record, Result
 
 
@@ -34,21 +44,31 @@ def locked(folder: Path) -> Iterator[None]:
     The lock is the kernel's and goes with the process, so that kill -9 leaves none behind.
     """
     state = _make_folders(folder)
-    with (state / "lock").open("a+") as file:
+    with ExitStack() as stack:
+        with refusing(folder):
+            file = stack.enter_context((state / "lock").open("a+"))
+            _lock(file, folder)
+            _remove_leftovers(state / "tmp")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise OutputLockedError(
-                f"{folder} is held by another run: {file.read().strip() or 'owner unknown'}.",
-                hint="Wait for it to end, or stop it; what it has committed stays.",
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        _remove_leftovers(state / "tmp")
-        yield
-        file.truncate(0)
+            yield
+        finally:
+            with suppress(OSError):
+                file.truncate(0)
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise OutputLockedError(
+            f"{folder} is held by another run: {file.read().strip() or 'owner unknown'}.",
+            hint="Wait for it to end, or stop it; what it has committed stays.",
+        ) from None
+    file.truncate(0)
+    since = datetime.now().astimezone().isoformat(timespec="seconds")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+    file.flush()
 
 
 def _make_folders(folder: Path) -> Path:
@@ -76,8 +96,9 @@ def describe(folder: Path, job: Mapping[str, Any], settings: Mapping[str, Any]) 
     body = {"job": job, "fingerprint": fingerprint(settings), "settings": settings}
     state = folder / STATE_FOLDER
     temporary = state / "tmp" / f"job.{os.getpid()}"
-    temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(state / "job.json")
+    with refusing(folder):
+        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(state / "job.json")
 
 
 def committed_parts(folder: Path, settings: Mapping[str, Any]) -> list[Part]:
@@ -111,7 +132,7 @@ def _shown(value: object) -> str:
 class _OpenChunk:
     chunk: Chunk
     source: Mapping[str, str | int]
-    passed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    passed: dict[int, pa.Table] = field(default_factory=dict)
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -125,8 +146,7 @@ class Output:
         self._folder = folder
         self._settings = settings
         self._fingerprint = fingerprint(settings)
-        self._passed = [f.name for f in passed_fields]
-        self._schema = pa.schema([*RESULT_FIELDS, *passed_fields])
+        self._passed = pa.schema(passed_fields)
         self._open: dict[str, _OpenChunk] = {}
 
     def __len__(self) -> int:
@@ -138,16 +158,16 @@ class Output:
         self._open[chunk.chunk_id] = _OpenChunk(chunk, source)
 
     def expect(self, chunk: Chunk, record: Record) -> None:
-        """Keep what passes through of *record* until its result comes."""
-        values = {name: record.fields[name] for name in self._passed}
-        self._open[chunk.chunk_id].passed[record.row] = values
+        """Keep what passes through of *record* until its chunk is whole."""
+        if record.passed is not None:
+            self._open[chunk.chunk_id].passed[record.row] = record.passed
 
     def add(self, result: Result) -> Part | None:
         """Take a result in; the part that it completes, once that is durable, or None."""
         chunk = self._open[result.chunk_id]
         assert result.row not in chunk.rows, f"two results for row {result.row} of {result.chunk_id}"
         common = {"id": result.record_id, "source": chunk.chunk.source, "row": result.row}
-        chunk.rows[result.row] = {**common, **_row(result), **chunk.passed.pop(result.row)}
+        chunk.rows[result.row] = {**common, **_row(result)}
         if len(chunk.rows) < chunk.chunk.num_rows:
             return None
         del self._open[result.chunk_id]
@@ -165,7 +185,29 @@ class Output:
             num_ok=num_ok,
             num_failed=len(rows) - num_ok,
         )
-        return commit(self._folder, pa.Table.from_pylist(rows, schema=self._schema), info)
+        return commit(self._folder, self._table(whole, rows), info)
+
+    def _table(self, whole: _OpenChunk, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+        table = pa.Table.from_pylist(rows, schema=pa.schema(RESULT_FIELDS))
+        if not self._passed.names:
+            return table
+        passed = pa.concat_tables([whole.passed[row] for row in whole.chunk.rows]).combine_chunks()
+        for column in self._passed:
+            table = table.append_column(column, readable(passed.column(column.name).cast(column.type)))
+        return table
+
+
+def readable(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """*column*, with text that is not UTF-8 mended: one such cell would keep readers from the whole part."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise
+        cells = column.cast(pa.large_binary()).to_pylist()
+        texts = [None if cell is None else cell.decode(errors="replace") for cell in cells]
+        return pa.chunked_array([pa.array(texts, column.type)])
+    return column
 
 
 def _row(result: Result) -> dict[str, Any]:

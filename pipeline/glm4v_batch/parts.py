@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glm4v_batch.errors import OutputError
-from glm4v_batch.types import Chunk
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"glm4v_batch"
@@ -62,15 +62,6 @@ class PartInfo:
         """The row numbers of the source that the part holds."""
         return range(self.first_row, self.first_row + self.num_rows)
 
-    def is_of(self, chunk: Chunk, fingerprint: str) -> bool:
-        """Whether the part holds exactly *chunk* under *fingerprint*."""
-        return (str(self.source["path"]), self.first_row, self.num_rows, self.fingerprint) == (
-            chunk.source,
-            chunk.first_row,
-            chunk.num_rows,
-            fingerprint,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -100,7 +91,7 @@ def commit(folder: Path, table: pa.Table, info: PartInfo) -> Part:
     source = str(info.source["path"])
     final = folder / part_name(source, info.first_row, info.num_rows, info.fingerprint)
     temporary = folder / STATE_FOLDER / "tmp" / f"{final.name}.{os.getpid()}"
-    with _refusing(folder):
+    with refusing(folder):
         try:
             _write_synced(temporary, table.replace_schema_metadata({FOOTER_KEY: _footer(info)}))
             _check_rows(temporary, info)
@@ -146,7 +137,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
+def refusing(folder: Path) -> Iterator[None]:
+    """Turn what the file system says against writing to *folder* into an OutputError."""
     try:
         yield
     except OSError as error:
@@ -175,23 +167,58 @@ def list_parts(folder: Path) -> list[Part]:
     part of ours.
     """
     parts, damaged = [], []
-    for path in sorted(folder.glob("part-*.parquet")):
+    for path in _part_paths(folder):
         try:
             parts.append(read_part(path))
         except OutputError as error:
+            if error.hint:  # an obstacle, not damage
+                raise
             damaged.append(f"  {error}")
     if damaged:
         raise OutputError(
             "\n".join([f"{len(damaged)} of the parts in {folder} cannot be used:", *damaged]),
-            hint="Delete or move them away; their rows are then done again.",
+            hint="Move them away: the rows of a damaged part are then done again. If none of them is of this "
+            "job, choose another output.path.",
         )
+    _refuse_overlaps(parts)
     return parts
+
+
+def _part_paths(folder: Path) -> list[Path]:
+    try:
+        names = sorted(path.name for path in folder.iterdir())  # glob takes an unreadable folder for empty
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be read: {error.strerror}.",
+            hint="An output is a folder that this user can read and write.",
+        ) from None
+    return [folder / name for name in names if name.startswith("part-") and name.endswith(".parquet")]
+
+
+def _refuse_overlaps(parts: Sequence[Part]) -> None:
+    def place(part: Part) -> tuple[str, int]:
+        return str(part.info.source["path"]), part.info.first_row
+
+    for one, other in pairwise(sorted(parts, key=place)):
+        if place(one)[0] == place(other)[0] and other.info.first_row < one.info.rows.stop:
+            raise OutputError(
+                f"{one.path.name} and {other.path.name} in {one.path.parent} hold the same rows of "
+                f"{place(one)[0]}.",
+                hint="Move one of them away: each row may stand in one part only.",
+            )
 
 
 def read_part(path: Path) -> Part:
     """What the footer of *path* says. Raises OutputError where it is damaged or not ours."""
     try:
         metadata = pq.read_metadata(path)
+    except PermissionError:
+        raise OutputError(
+            f"{path} may not be read by this user.",
+            hint="Mend its permissions; the part itself may be whole.",
+        ) from None
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{path.name} is damaged: {error}") from None
     footer = (metadata.metadata or {}).get(FOOTER_KEY)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
-from glm4v_batch.errors import JobError, PlacementError
+from glm4v_batch.errors import PlacementError
 from glm4v_batch.types import Device, Placement, Replica
 from glm4v_batch.units import format_bytes
 
@@ -30,7 +30,7 @@ def let_segments_grow() -> None:
 def find_devices(use: Use) -> tuple[Device, ...]:
     """The devices that `devices.use` names, GPUs first choice, the CPU where there is no GPU.
 
-    Raises JobError where it names a GPU that is not there.
+    Raises PlacementError where it names a GPU that is not there.
     """
     let_segments_grow()
     import torch
@@ -39,7 +39,7 @@ def find_devices(use: Use) -> tuple[Device, ...]:
     wanted = list(range(count)) if isinstance(use, str) else list(use)
     missing = sorted(set(wanted) - set(range(count)))
     if missing:
-        raise JobError(
+        raise PlacementError(
             f"devices.use names GPU {missing[0]}, but {_gpus_there(count)}.",
             hint="Run 'nvidia-smi' to see them; CUDA_VISIBLE_DEVICES may hide some.",
         )

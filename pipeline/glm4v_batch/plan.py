@@ -8,13 +8,23 @@ from typing import Any
 import pyarrow as pa
 
 from glm4v_batch.checkpoint import Checkpoint, identity, locate, read_checkpoint
-from glm4v_batch.errors import SourceError
+from glm4v_batch.errors import JobError, SourceError
+from glm4v_batch.images import with_pixel_limits
 from glm4v_batch.job import Job
 from glm4v_batch.output import committed_parts, fingerprint
 from glm4v_batch.parts import Part, gaps
 from glm4v_batch.placement import find_devices, place
 from glm4v_batch.preprocess import PreprocessSettings
-from glm4v_batch.sources import Shard, Source, check_columns, open_source
+from glm4v_batch.sources import (
+    RecordColumns,
+    Shard,
+    Source,
+    check_columns,
+    check_prompt,
+    check_root,
+    open_source,
+)
+from glm4v_batch.templates import columns_of
 from glm4v_batch.types import Chunk, Placement
 
 
@@ -36,10 +46,15 @@ class OpenJob:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is committed and what is left; *limit* counts rows of the source from its beginning."""
+    """What is committed and what is left.
+
+    *moved* maps the path of a source that has parts to where the same data stands now; *limit*
+    counts rows of the source from its beginning.
+    """
 
     opened: OpenJob
     parts: tuple[Part, ...]
+    moved: Mapping[str, str]
     placement: Placement | None
     limit: int | None = None
 
@@ -72,7 +87,7 @@ class Plan:
     def vanished(self) -> tuple[str, ...]:
         """Sources that have parts and are no longer there."""
         present = {shard.path for shard in self.opened.shards}
-        return tuple(sorted({str(p.info.source["path"]) for p in self.parts} - present))
+        return tuple(sorted({_path(p) for p in self.parts} - present - set(self.moved)))
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks that are left, in the order of the source."""
@@ -85,7 +100,7 @@ class Plan:
         return next(s.identity for s in self.opened.shards if s.path == chunk.source)
 
     def _done(self, shard: Shard) -> list[range]:
-        return [p.info.rows for p in self.parts if p.info.source["path"] == shard.path]
+        return [p.info.rows for p in self.parts if self.moved.get(_path(p), _path(p)) == shard.path]
 
     def _shards(self) -> Iterator[Shard]:
         # An unknown length counts as endless: the limit then cuts it to a known one, which is
@@ -108,10 +123,28 @@ def open_job(job: Job) -> OpenJob:
 
     Raises JobError for columns that no one has, SourceError for a source that cannot be read.
     """
-    source = open_source(job.source, job.field_columns())
+    columns = RecordColumns(columns_of(job.prompt.user), job.output.columns)
+    source = open_source(job.source, columns, own_output=Path(job.output.path))
     check_columns(source.schema.names, job.asked_columns(), where=job.source.path)
+    check_root(source, job.source.image)
+    check_prompt(source.schema, columns.fields)
     checkpoint = read_checkpoint(locate(job.model.name, job.model.revision))
-    return OpenJob(job, source, tuple(source.shards()), checkpoint, text_settings(job, checkpoint))
+    opened = OpenJob(job, source, tuple(source.shards()), checkpoint, text_settings(job, checkpoint))
+    _refuse_impossible_prompts(opened)
+    return opened
+
+
+def _refuse_impossible_prompts(opened: OpenJob) -> None:
+    # What would fail every record is found here, before the model loads, and by `plan` too.
+    settings = preprocess_settings(opened)
+    settings.renderer()
+    with_pixel_limits(opened.checkpoint.images, settings.min_pixels, settings.max_pixels)
+    if settings.max_new_tokens >= opened.checkpoint.context_tokens:
+        raise JobError(
+            f"generation.max_new_tokens is {settings.max_new_tokens:,}, and the model's context holds "
+            f"{opened.checkpoint.context_tokens:,} tokens, the prompt included.",
+            hint="Lower generation.max_new_tokens.",
+        )
 
 
 def text_settings(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -154,7 +187,7 @@ def make_plan(opened: OpenJob, limit: int | None = None) -> Plan:
     """
     parts = committed_parts(Path(opened.job.output.path), opened.settings)
     _refuse_changed(opened.shards, parts)
-    return Plan(opened, tuple(parts), _placement(opened), limit)
+    return Plan(opened, tuple(parts), _moved(opened.shards, parts), _placement(opened), limit)
 
 
 def _placement(opened: OpenJob) -> Placement | None:
@@ -177,18 +210,51 @@ def _value_bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
+def _path(part: Part) -> str:
+    return str(part.info.source["path"])
+
+
+def _content(identity: Mapping[str, str | int]) -> frozenset[tuple[str, str | int]]:
+    return frozenset(item for item in identity.items() if item[0] != "path")
+
+
+def _moved(shards: Sequence[Shard], parts: Sequence[Part]) -> dict[str, str]:
+    """Sources that stand at another path than their parts say, recognised by their content.
+
+    Without this, another spelling of `source.path` would do every row again.
+    """
+    present = {shard.path for shard in shards}
+    moved = {}
+    for path, content in {_path(p): _content(p.info.source) for p in parts}.items():
+        same = [shard.path for shard in shards if _content(shard.identity) == content]
+        if path in present or not same:
+            continue
+        if len(same) > 1:
+            raise SourceError(
+                f"{path} has committed rows and is gone; {', '.join(same)} hold the same data, and which "
+                "of them it was cannot be told.",
+                hint="Give source.path as it was, or choose another output.path.",
+            )
+        moved[path] = same[0]
+    return moved
+
+
 def _refuse_changed(shards: Sequence[Shard], parts: Sequence[Part]) -> None:
-    identities = {shard.path: dict(shard.identity) for shard in shards}
+    identities = {shard.path: shard.identity for shard in shards}
     changed = sorted(
         {
-            str(part.info.source["path"])
+            f"  {_path(part)}: {_differences(part.info.source, identities[_path(part)])}"
             for part in parts
-            if identities.get(str(part.info.source["path"]), part.info.source) != part.info.source
+            if _path(part) in identities and identities[_path(part)] != part.info.source
         }
     )
     if changed:
-        lines = "\n".join(f"  {path}" for path in changed)
         raise SourceError(
-            f"{len(changed)} of the sources changed since their rows were committed:\n{lines}",
+            "\n".join([f"{len(changed)} of the sources changed since their rows were committed:", *changed]),
             hint="Restore them, or choose another output.path for the new data.",
         )
+
+
+def _differences(theirs: Mapping[str, str | int], ours: Mapping[str, str | int]) -> str:
+    keys = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    return ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in keys)

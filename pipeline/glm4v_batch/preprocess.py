@@ -98,6 +98,8 @@ class Preprocessor:
         """The request of *record*. Whatever goes wrong with the record becomes its failure."""
         try:
             return self._request(chunk, record)
+        except Glm4vBatchError:
+            raise  # the trouble is not this record's: it stops the run
         except RecordError as error:
             return _failure((chunk, record), cast(Stage, error.stage), error.code, str(error))
         except Exception as error:  # noqa: BLE001, RUF100  the border where a record's trouble becomes its row
@@ -212,7 +214,9 @@ class _Workers:
     """Worker processes, each driven by one thread at a time."""
 
     def __init__(self, num_workers: int, settings: PreprocessSettings, make: MakePrepare) -> None:
-        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="preprocess")
+        self._threads = ThreadPoolExecutor(
+            num_workers, thread_name_prefix="preprocess", initializer=_block_signals
+        )
         self._workers = [_Worker(settings, make) for _ in range(num_workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
@@ -269,7 +273,10 @@ class _Worker:
         try:
             pipe.send_bytes(pickle.dumps(group, protocol=5))
             if pipe.poll(self._settings.record_seconds):
-                return cast(list[Prepared], pickle.loads(pipe.recv_bytes()))  # noqa: S301  from our own worker
+                answer = pickle.loads(pipe.recv_bytes())  # noqa: S301  from our own worker
+                if isinstance(answer, Glm4vBatchError):
+                    raise answer
+                return cast(list[Prepared], answer)
         except (EOFError, OSError) as error:
             raise _WorkerLostError(
                 "decoder_crashed", f"the decoder died: {self._end(grace_seconds=1)}"
@@ -292,10 +299,11 @@ class _Worker:
             if self._closed:
                 raise _WorkerLostError("decoder_crashed", "preprocessing was stopped")
             pipe, theirs = context.Pipe()
-            self._process = context.Process(
+            process = context.Process(
                 target=_serve, args=(theirs, self._settings, self._make), name="preprocess", daemon=True
             )
-            self._process.start()
+            process.start()
+            self._process = process
             theirs.close()  # or the worker's death would not end the pipe
         self._pipe = pipe
         try:
@@ -331,9 +339,17 @@ def _context() -> ForkServerContext:
     return context
 
 
+def _block_signals() -> None:
+    """Keep from this thread, and all that it starts, the signals that a terminal sends the whole group.
+
+    The fork server and the workers are started by such a thread and inherit this, so that none of
+    them is interrupted while it still imports. The driver decides, and ends them by SIGKILL.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
 def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) -> None:
     """The worker: prepare groups until the driver closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
     _die_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker starts a thread per core
     try:
@@ -346,7 +362,14 @@ def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) ->
     with suppress(EOFError, OSError):  # the driver is gone, or has closed the pipe
         while True:
             group: Sequence[Item] = pickle.loads(pipe.recv_bytes())  # noqa: S301  from our own driver
-            pipe.send_bytes(pickle.dumps([prepare(chunk, record) for chunk, record in group], protocol=5))
+            pipe.send_bytes(pickle.dumps(_prepared(prepare, group), protocol=5))
+
+
+def _prepared(prepare: Prepare, group: Sequence[Item]) -> list[Prepared] | Glm4vBatchError:
+    try:
+        return [prepare(chunk, record) for chunk, record in group]
+    except Glm4vBatchError as error:  # the driver raises it
+        return error
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -73,11 +74,13 @@ class Progress:
         return f"{self._num_done:,}{total} rows, {self._num_failed:,} failed, {rate:.1f} rows/s"
 
     def _note(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        else:
-            self._stream.write(f"{line}\n")
-            self._stream.flush()
+        # Whoever read the progress may be gone; the work goes on.
+        with suppress(BrokenPipeError):
+            if self._bar is not None:
+                self._bar.write(line, file=self._stream)
+            else:
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
 
 
 def _plan_lines(plan: Plan) -> Iterator[str]:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from glm4v_batch.parts import STATE_FOLDER, Part
+from glm4v_batch.parts import STATE_FOLDER, Part, refusing
 from glm4v_batch.types import BatchRun, BatchShape, Completion, Failure, PeakSample, Result
 
 
@@ -28,7 +28,7 @@ class Report:
         self._runs: list[BatchRun] = []
         self._tokens: Counter[str] = Counter()
         self._num_ok = 0
-        self._num_committed = 0
+        self.num_committed = 0
         self.num_failed_committed = 0
 
     def add_result(self, result: Result) -> None:
@@ -43,13 +43,13 @@ class Report:
 
     def add_part(self, part: Part) -> None:
         """Count the rows that *part* made durable."""
-        self._num_committed += part.info.num_rows
+        self.num_committed += part.info.num_rows
         self.num_failed_committed += part.info.num_failed
 
     def add_batch(self, run: BatchRun) -> None:
         """Keep what a batch measured, on disk too."""
         self._runs.append(run)
-        with (self._folder / "batches.jsonl").open("a", encoding="utf-8") as file:
+        with refusing(self._folder), (self._folder / "batches.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"context": self._context, **asdict(run)}) + "\n")
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Report:
         num_failed = self._failures.total()
         return {
             "context": self._context,
-            "rows": {"ok": self._num_ok, "failed": num_failed, "committed": self._num_committed},
+            "rows": {"ok": self._num_ok, "failed": num_failed, "committed": self.num_committed},
             "failures": dict(self._failures.most_common()),
             "seconds": round(seconds, 3),
             "rows_per_second": round((self._num_ok + num_failed) / seconds, 3),
@@ -69,8 +69,9 @@ class Report:
     def write(self) -> None:
         """Replace `report.json`, never leaving half of one."""
         temporary = self._folder / "tmp" / f"report.{os.getpid()}"
-        temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self._folder / "report.json")
+        with refusing(self._folder):
+            temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+            temporary.replace(self._folder / "report.json")
 
 
 def batch_figures(runs: Sequence[BatchRun]) -> dict[str, Any]:
@@ -120,7 +121,9 @@ def _parse_run(line: str) -> tuple[str, BatchRun] | None:
         entry: dict[str, Any] = json.loads(line)
         context, shape = str(entry.pop("context")), BatchShape(**entry.pop("shape"))
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-        return context, BatchRun(shape=shape, **values)
+        run = BatchRun(shape=shape, **values)
+        whole = len(run.peak_bytes) == len(run.predicted_bytes) == len(run.budget_bytes)
+        return (context, run) if whole else None
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 

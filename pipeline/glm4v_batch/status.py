@@ -63,5 +63,5 @@ def _job_name(folder: Path) -> str | None:
     try:
         described = json.loads((folder / STATE_FOLDER / "job.json").read_text(encoding="utf-8"))
         return str(described["job"]["name"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Stage = Literal["read", "decode", "render", "generate"]
 FinishReason = Literal["stop", "length"]
@@ -48,13 +51,18 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One source row with its images; *fields* holds the columns that prompt and output ask for."""
+    """One source row with its images.
+
+    *fields* holds the columns that the prompt asks for; *passed* is a table of one row with those
+    that the output repeats, which never become Python values.
+    """
 
     record_id: str
     source: str
     row: int
     images: tuple[ImageRef, ...]
     fields: Mapping[str, Any]
+    passed: "pa.Table | None" = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 from glm4v_batch.engines import Engine
 from glm4v_batch.output import Output
@@ -30,4 +31,4 @@ def _records(plan: Plan, chunks: Iterable[Chunk], output: Output) -> Iterator[tu
         output.begin(chunk, plan.identity_of(chunk))
         for record in plan.opened.source.read(chunk):
             output.expect(chunk, record)
-            yield chunk, record
+            yield chunk, replace(record, passed=None)

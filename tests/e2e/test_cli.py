@@ -130,14 +130,14 @@ def test_a_model_that_cannot_fit_is_refused_before_it_loads(tmp_path: Path, make
     assert "MiB for its weights" in refused.stderr
 
 
-def test_a_gpu_that_is_not_there_is_a_mistake_of_the_job(tmp_path: Path, make_source: MakeSource) -> None:
+def test_a_gpu_that_is_not_there_cannot_be_used(tmp_path: Path, make_source: MakeSource) -> None:
     job = write_job(
         tmp_path / "job.yaml", make_source(5), tmp_path / "out", extra=["batching: {engine: generate}"]
     )
 
     refused = run_command("plan", job, "--set", "devices.use=[99]")
 
-    assert refused.returncode == 2
+    assert refused.returncode == 6
     assert "devices.use names GPU 99" in refused.stderr
 
 
@@ -154,7 +154,7 @@ def test_the_initial_job_file_is_valid_and_never_overwrites(tmp_path: Path) -> N
     first, second = run_command("init", path), run_command("init", path)
 
     assert first.returncode == 0
-    assert read_job(path).name == "caption"
+    assert (read_job(path).name, read_job(path).output.path) == ("mine", "out/mine")
     assert second.returncode == 2
     assert "exists already" in second.stderr
 

@@ -44,7 +44,6 @@ def test_checkpoint_says_what_its_files_say(folder: Path) -> None:
     assert checkpoint.model_type == "glm4v"
     assert checkpoint.image_token_id == 678
     assert checkpoint.eos_token_ids == (664, 671, 673)
-    assert checkpoint.pad_token_id == 664
     assert checkpoint.context_tokens == 4096
     assert checkpoint.dtype == "float32"
     assert checkpoint.revision is None
@@ -156,10 +155,20 @@ def test_unsupported_model_type_names_the_supported_ones(folder: Path) -> None:
         read_checkpoint(folder)
 
 
-def test_unknown_model_type_with_a_glm_image_processor_is_accepted(folder: Path) -> None:
-    edit(folder / "config.json", model_type="glm4v_next")
+def test_another_model_with_a_glm_image_processor_is_refused(folder: Path) -> None:
+    edit(folder / "config.json", model_type="llama")
 
-    assert read_checkpoint(folder).model_type == "glm4v_next"
+    with pytest.raises(JobError, match="type llama"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_half_downloaded_weights_are_refused(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+
+    with pytest.raises(JobError, match=r"damaged weight file: model\.safetensors"):
+        read_checkpoint(folder)
 
 
 def test_broken_json_is_reported_and_no_traceback(folder: Path) -> None:

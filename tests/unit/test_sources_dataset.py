@@ -15,7 +15,7 @@ from PIL import Image
 
 from glm4v_batch.errors import JobError, SourceError
 from glm4v_batch.job import DatasetSettings, ParquetSettings
-from glm4v_batch.sources import Source, open_source
+from glm4v_batch.sources import RecordColumns, Source, open_source
 from glm4v_batch.types import Chunk, Record
 
 datasets = pytest.importorskip("datasets")
@@ -59,7 +59,7 @@ def parquet_folder(tmp_path: Path) -> Path:
 
 
 def opened(path: Path | str, *fields: str, **settings: Any) -> Source:
-    return open_source(DatasetSettings(kind="dataset", path=str(path), **settings), fields)
+    return open_source(DatasetSettings(kind="dataset", path=str(path), **settings), RecordColumns(fields))
 
 
 def all_records(source: Source, rows_per_chunk: int = 7) -> list[Record]:
@@ -71,7 +71,8 @@ def all_records(source: Source, rows_per_chunk: int = 7) -> list[Record]:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_local_folder_gives_the_rows_that_parquet_gives(parquet_folder: Path, streaming: bool) -> None:
-    plain = open_source(ParquetSettings(kind="parquet", path=str(parquet_folder), id="key"), ["key"])
+    settings = ParquetSettings(kind="parquet", path=str(parquet_folder), id="key")
+    plain = open_source(settings, RecordColumns(("key",)))
 
     records = all_records(opened(parquet_folder, "key", id="key", streaming=streaming))
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, assert_never
 
-from glm4v_batch.errors import JobError
+from glm4v_batch.errors import JobError, SourceError
 from glm4v_batch.job import DatasetSettings, ParquetSettings, SourceSettings
 from glm4v_batch.mistakes import suggest
 from glm4v_batch.types import Chunk, Record
@@ -55,9 +56,20 @@ class Source(Protocol):
         """The records of *chunk*, in order; SourceError where they cannot be read."""
 
 
-def open_source(settings: SourceSettings, field_columns: Sequence[str]) -> Source:
-    """The source that *settings* describe; the `fields` of its records are *field_columns*.
+@dataclass(frozen=True, slots=True)
+class RecordColumns:
+    """What records carry besides id and images: *fields* for the prompt, *passed* for the output."""
 
+    fields: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
+
+
+def open_source(
+    settings: SourceSettings, columns: RecordColumns, *, own_output: Path | None = None
+) -> Source:
+    """The source that *settings* describe; its records carry *columns*.
+
+    Files below *own_output* are the job's own answers and do not count.
     No data is read, only what describes it. A column that does not exist anywhere is left to
     `check_columns`, which knows the setting that asked for it.
     """
@@ -65,11 +77,11 @@ def open_source(settings: SourceSettings, field_columns: Sequence[str]) -> Sourc
         case ParquetSettings():
             from .parquet import ParquetSource
 
-            return ParquetSource(settings, field_columns)
+            return ParquetSource(settings, columns, own_output=own_output)
         case DatasetSettings():
             from .dataset import open_dataset
 
-            return open_dataset(settings, field_columns)
+            return open_dataset(settings, columns)
     assert_never(settings)
 
 
@@ -87,6 +99,54 @@ def check_columns(source_columns: Sequence[str], asked: Mapping[str, Sequence[st
     if mistakes:
         hint = f"The columns are: {', '.join(source_columns)}."
         raise JobError("\n".join(mistakes), hint=hint)
+
+
+def check_root(source: Source, image_column: str) -> None:
+    """Refuse image paths without a folder to look them up in: every row would fail.
+
+    Raises JobError where `source.root` is not set, SourceError where it is no folder.
+    """
+    if not _holds_text(source.schema.field(image_column).type):
+        return
+    if source.root is None:
+        raise JobError(
+            f"source.image: the column {image_column} holds text, which is taken for paths of images, and "
+            "source.root is not set.",
+            hint="Set source.root to the folder below which they stand, or name another column.",
+        )
+    if not Path(source.root).is_dir():
+        raise SourceError(
+            f"source.root {source.root} is not a folder, and the column {image_column} holds paths below it.",
+            hint="Mount it, or correct source.root.",
+        )
+
+
+def check_prompt(schema: "pa.Schema", columns: Sequence[str]) -> None:
+    """Raise JobError where one of *columns*, which the prompt asks for, holds neither text nor numbers."""
+    for name in columns:
+        kind = schema.field(name).type
+        if not _can_be_written(kind):
+            raise JobError(
+                f"prompt.user asks for {{{name}}}, a column of {kind}, which has no one way to be written.",
+                hint="Use a column of text, whole or decimal numbers, or true and false.",
+            )
+
+
+def _can_be_written(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _can_be_written(kind.value_type)
+    plain = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
+    return any(is_kind(kind) for is_kind in plain) or (_holds_text(kind) and not types.is_nested(kind))
+
+
+def _holds_text(kind: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _holds_text(kind.value_type)
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def cut(gaps: Iterable[range], rows_per_chunk: int) -> Iterator[range]:

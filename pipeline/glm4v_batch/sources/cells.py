@@ -13,31 +13,40 @@ from glm4v_batch.types import ImageRef, Record
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which columns make a record; *fields* are those that prompt and output ask for."""
+    """Which columns make a record: *fields* for the prompt, *passed* for the output."""
 
     image: str
     id: str | None
     fields: tuple[str, ...]
+    passed: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
         """Every column to read, each once."""
-        named = [self.image, *([self.id] if self.id else []), *self.fields]
-        return list(dict.fromkeys(named))
+        return list(dict.fromkeys([*self.looked_at, *self.passed]))
+
+    @property
+    def looked_at(self) -> list[str]:
+        """The columns whose values Python needs."""
+        return list(dict.fromkeys([self.image, *([self.id] if self.id else []), *self.fields]))
 
 
 def records(
     batch: pa.RecordBatch | pa.Table, source: str, first_row: int, layout: Layout
 ) -> Iterator[Record]:
     """The rows of *batch*, the first of which is row *first_row* of the shard *source*."""
-    columns = {name: _python_values(batch.column(name)) for name in batch.schema.names}
+    columns = {name: _python_values(batch.column(name)) for name in layout.looked_at}
+    passed = _table(batch).select(list(layout.passed))
     for offset in range(batch.num_rows):
         values = {name: cells[offset] for name, cells in columns.items()}
-        yield make_record(values, source, first_row + offset, layout)
+        yield _record(values, source, first_row + offset, layout, passed.slice(offset, 1))
 
 
-def make_record(values: Mapping[str, Any], source: str, row: int, layout: Layout) -> Record:
-    """The record of one row's *values*."""
+def _table(batch: pa.RecordBatch | pa.Table) -> pa.Table:
+    return pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
+
+
+def _record(values: Mapping[str, Any], source: str, row: int, layout: Layout, passed: pa.Table) -> Record:
     name = values[layout.id] if layout.id else None
     return Record(
         record_id=f"{source}#{row}" if name is None else str(name),
@@ -45,6 +54,7 @@ def make_record(values: Mapping[str, Any], source: str, row: int, layout: Layout
         row=row,
         images=_images(values[layout.image]),
         fields={column: values[column] for column in layout.fields},
+        passed=passed,
     )
 
 
@@ -101,7 +111,8 @@ def _image(cell: Any) -> ImageRef:
 def _python_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:  # Parquet's text is not checked until it is looked at
+    except (ValueError, OverflowError):
+        # Parquet's text is not checked until it is looked at, nor are dates that Python cannot hold.
         return [_python_value(scalar) for scalar in column]
     return values
 
@@ -109,6 +120,8 @@ def _python_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 def _python_value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _python_value(scalar[name]) for name in scalar.keys()}  # noqa: SIM118  no mapping
         is_flat = hasattr(scalar, "as_buffer")
         return BrokenText(scalar.as_buffer().to_pybytes().decode(errors="replace") if is_flat else "�")

@@ -18,7 +18,7 @@ from glm4v_batch.errors import JobError, SourceError
 from glm4v_batch.job import DatasetSettings
 from glm4v_batch.types import Chunk, Record
 
-from . import Shard, cut, first_line
+from . import RecordColumns, Shard, cut, first_line
 from .cells import Layout, check_image_column, records
 
 _ROWS_PER_READ = 32
@@ -27,13 +27,13 @@ _ROWS_TO_INFER_TYPES = 100
 
 
 def open_dataset(
-    settings: DatasetSettings, field_columns: Sequence[str]
+    settings: DatasetSettings, columns: RecordColumns
 ) -> "MappedDatasetSource | StreamedDatasetSource":
     """The data set that *settings* describe. One that is not streamed is first prepared on disk."""
     datasets = _library()
     with _loading(datasets, settings):
         if _is_saved(settings.path):
-            return MappedDatasetSource(_load_saved(datasets, settings), settings, field_columns)
+            return MappedDatasetSource(_load_saved(datasets, settings), settings, columns)
         where = {"path": settings.path, "name": settings.name, "revision": settings.revision}
         if settings.revision and Path(settings.path).exists():
             raise JobError(
@@ -41,20 +41,18 @@ def open_dataset(
             )
         if settings.streaming:
             builder = datasets.load_dataset_builder(**where)
-            return StreamedDatasetSource(builder, settings, field_columns)
-        return MappedDatasetSource(
-            datasets.load_dataset(**where, split=settings.split), settings, field_columns
-        )
+            return StreamedDatasetSource(builder, settings, columns)
+        return MappedDatasetSource(datasets.load_dataset(**where, split=settings.split), settings, columns)
 
 
 class MappedDatasetSource:
     """A data set on disk, whose rows can be addressed. It is one shard."""
 
-    def __init__(self, dataset: Any, settings: DatasetSettings, field_columns: Sequence[str]) -> None:
+    def __init__(self, dataset: Any, settings: DatasetSettings, columns: RecordColumns) -> None:
         self.schema: pa.Schema = dataset.features.arrow_schema
         self.root = _root(settings)
         check_image_column(self.schema, settings.image)
-        self._layout = Layout(settings.image, settings.id, tuple(field_columns))
+        self._layout = Layout(settings.image, settings.id, columns.fields, columns.passed)
         existing = [column for column in self._layout.columns if column in self.schema.names]
         # The Arrow format hands out what is stored; nothing is decoded, in lists of images neither.
         self._rows = dataset.select_columns(existing).with_format("arrow")
@@ -89,14 +87,14 @@ class StreamedDatasetSource:
     The rows of the latest chunks are held, because going back means reading from the start again.
     """
 
-    def __init__(self, builder: Any, settings: DatasetSettings, field_columns: Sequence[str]) -> None:
+    def __init__(self, builder: Any, settings: DatasetSettings, columns: RecordColumns) -> None:
         stream = builder.as_streaming_dataset(split=settings.split)
         if stream.features is not None:  # without known types there is nothing to decode
             stream = stream.decode(False)
         self.schema = _stream_schema(stream)
         self.root = _root(settings)
         check_image_column(self.schema, settings.image)
-        self._layout = Layout(settings.image, settings.id, tuple(field_columns))
+        self._layout = Layout(settings.image, settings.id, columns.fields, columns.passed)
         existing = [column for column in self._layout.columns if column in self.schema.names]
         self._stream = stream.select_columns(existing).with_format("arrow")
         identity: dict[str, str | int] = {

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -23,7 +23,7 @@ from glm4v_batch.job import ParquetSettings
 from glm4v_batch.types import Chunk, Record
 from glm4v_batch.units import format_bytes
 
-from . import Shard, cut, first_line
+from . import RecordColumns, Shard, cut, first_line
 from .cells import Layout, check_image_column, records
 
 _MAGIC = b"PAR1"
@@ -43,12 +43,14 @@ _BOMB_RATIO = 200
 class ParquetSource:
     """The rows of all files that `source.path` finds, in the order of their paths."""
 
-    def __init__(self, settings: ParquetSettings, field_columns: Sequence[str]) -> None:
-        self._fs, found = _find(settings.path)
+    def __init__(
+        self, settings: ParquetSettings, columns: RecordColumns, *, own_output: Path | None = None
+    ) -> None:
+        self._fs, found = _find(settings.path, own_output)
         footers = _read_footers(self._fs, found)
         self._files = {footer.shard.path: path for path, footer in zip(found.values(), footers, strict=True)}
         self._shards = [footer.shard for footer in footers]
-        self._layout = Layout(settings.image, settings.id, tuple(field_columns))
+        self._layout = Layout(settings.image, settings.id, columns.fields, columns.passed)
         self.schema = _common_schema(footers, self._layout.columns, settings.image)
         self.root = settings.root
         check_image_column(self.schema, settings.image)
@@ -199,14 +201,17 @@ def _open(fs: Any, path: str) -> Any:
     return pa.OSFile(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
 
 
-def _find(pattern: str) -> tuple[Any, dict[str, str]]:
-    """The file system of *pattern*, and the files it finds there by the name that we call them."""
+def _find(pattern: str, own_output: Path | None) -> tuple[Any, dict[str, str]]:
+    """The file system of *pattern*, and the files it finds there by the name that we call them.
+
+    Parts of *own_output* do not count: an output below its source would feed on itself.
+    """
     try:
         fs, path = fsspec.url_to_fs(pattern)
     except (ValueError, ImportError) as error:
         raise JobError(f"source.path {pattern} cannot be opened: {error}.") from None
     try:
-        found = _expand(fs, path)
+        found = [file for file in _expand(fs, path) if not _is_below(fs, file, own_output)]
     except OSError as error:
         raise SourceError(f"{pattern} cannot be listed: {first_line(error)}.") from None
     if not found:
@@ -217,6 +222,12 @@ def _find(pattern: str) -> tuple[Any, dict[str, str]]:
         )
     named = {_name(fs, file, pattern): file for file in found}
     return fs, dict(sorted(named.items()))
+
+
+def _is_below(fs: Any, file: str, folder: Path | None) -> bool:
+    if folder is None or not isinstance(fs, LocalFileSystem):
+        return False
+    return Path(file).resolve().is_relative_to(folder.resolve())
 
 
 def _expand(fs: Any, path: str) -> list[str]:
@@ -319,6 +330,8 @@ def _merge(merged: dict[str, pa.Field], field: pa.Field) -> str:
     seen = merged.setdefault(field.name, pa.field(field.name, field.type))
     if seen.type == field.type:
         return ""
+    if {pa.types.is_integer(seen.type), pa.types.is_integer(field.type)} == {True, False}:
+        return f"{field.type}, elsewhere {seen.type}"  # a float64 does not hold every whole number
     try:
         both = pa.unify_schemas(
             [pa.schema([seen]), pa.schema([seen.with_type(field.type)])], promote_options="permissive"
