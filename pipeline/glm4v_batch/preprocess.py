@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -34,6 +35,7 @@ from glm4v_batch.prompts import PromptRenderer
 from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request, Stage
 
 _START_SECONDS = 120
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _READY = "ready"
 
 Item = tuple[Chunk, Record]
@@ -214,9 +216,7 @@ class _Workers:
     """Worker processes, each driven by one thread at a time."""
 
     def __init__(self, num_workers: int, settings: PreprocessSettings, make: MakePrepare) -> None:
-        self._threads = ThreadPoolExecutor(
-            num_workers, thread_name_prefix="preprocess", initializer=_block_signals
-        )
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="preprocess")
         self._workers = [_Worker(settings, make) for _ in range(num_workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
@@ -302,6 +302,7 @@ class _Worker:
             process = context.Process(
                 target=_serve, args=(theirs, self._settings, self._make), name="preprocess", daemon=True
             )
+            _block_signals()
             process.start()
             self._process = process
             theirs.close()  # or the worker's death would not end the pipe
@@ -345,11 +346,15 @@ def _block_signals() -> None:
     The fork server and the workers are started by such a thread and inherit this, so that none of
     them is interrupted while it still imports. The driver decides, and ends them by SIGKILL.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    # Starting the tracker unblocks signals again, so it comes first.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
 
 
 def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) -> None:
     """The worker: prepare groups until the driver closes the pipe."""
+    for number in _GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker starts a thread per core
     try:

@@ -7,9 +7,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from glm4v_batch.types import Request
+from glm4v_batch.engines.generate import GenerateEngine
+from glm4v_batch.executor import open_engine
+from glm4v_batch.memory import MemoryModel, prior_coefficients
+from glm4v_batch.plan import make_plan, open_job
+from glm4v_batch.types import Completion, Request
 from tests.e2e.command import MODEL, ROOT, run_command
-from tests.tiny import answers, runs, sample, texts
+from tests.tiny import answers, job_of, runs, sample, texts, weights
 
 EXPECTED = {"caption": "caption", "question": "answer"}
 LEAST_EXACT = {"caption": 0.97, "question": 0.95}
@@ -96,10 +100,29 @@ def test_sampled_texts_depend_on_the_seed_and_not_on_the_batch() -> None:
 def test_an_answer_cut_by_max_new_tokens_says_so() -> None:
     requests = sample("caption")[1][:8]
 
-    cut = texts(answers("caption", requests, ("generation.max_new_tokens=3",)))
+    events = list(answers("caption", requests, ("generation.max_new_tokens=3",)))
 
-    whole = {n: text for n, text in one_by_one("caption").items() if n in cut}
-    assert all(whole[n].startswith(cut[n]) and whole[n] != cut[n] for n in cut)
+    cut = [event for event in events if isinstance(event, Completion)]
+    whole = one_by_one("caption")
+    assert {(c.finish_reason, c.completion_tokens) for c in cut} == {("length", 3)}
+    assert all(whole[c.row].startswith(c.text) and whole[c.row] != c.text for c in cut)
+
+
+def test_the_jobs_memory_settings_reach_the_engine(finished: dict[str, Path]) -> None:
+    changes = (
+        f"output.path={finished['question']}",
+        "devices.memory_fraction=0.5",
+        "batching.max_batch_size=9",
+    )
+    plan = make_plan(open_job(job_of("question", *changes)))
+
+    engine = open_engine(plan)
+
+    assert isinstance(engine, GenerateEngine)
+    assert engine._memory_fraction == 0.5
+    assert engine._scheduler._max_batch_size == 9
+    # Its memory model has learnt from the batches that the folder remembers.
+    assert engine._memory.trust > MemoryModel([1], prior_coefficients(weights().config.to_dict(), 4)).trust
 
 
 def test_a_checkpoint_with_missing_or_unknown_weights_is_refused(tmp_path: Path) -> None:

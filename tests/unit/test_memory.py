@@ -153,6 +153,48 @@ def test_a_batch_that_ran_out_of_memory_by_others_fault_does_not_lower_the_predi
     assert model.predict(shape(8))[0] == pytest.approx(peak_of(shape(8)), rel=0.02)
 
 
+def test_requests_that_cannot_fit_even_alone_do_not_shrink_their_neighbours_batches() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    begin = model.trust
+
+    for _ in range(30):
+        model.observe(
+            PeakSample(shape(1, tokens=9000), (peak_of(shape(1, tokens=9000)),), out_of_memory=True)
+        )
+
+    assert model.trust == begin
+
+
+def test_trust_has_a_floor_from_which_it_recovers() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    for _ in range(50):
+        model.observe(PeakSample(shape(8), (peak_of(shape(8)),), out_of_memory=True))
+
+    for _ in range(12):
+        model.observe(clean(shape(2), peak_of(shape(2))))
+
+    assert model.trust == 1.0
+
+
+def test_a_measurement_below_what_was_held_before_does_not_make_batches_free() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+
+    for _ in range(10):
+        model.observe(clean(shape(8), FIXED - 500))
+
+    assert model.predict(shape(800))[0] - FIXED >= 0.005 * (peak_of(shape(800)) - FIXED)
+
+
+def test_one_odd_batch_does_not_hold_the_others_down() -> None:
+    model = MemoryModel([FIXED], PRIOR)
+    for size in range(1, 20):
+        model.observe(clean(shape(size), peak_of(shape(size))))
+
+    model.observe(clean(shape(5), FIXED + 10 * (peak_of(shape(5)) - FIXED)))
+
+    assert model.margin < 0.5
+
+
 def test_samples_of_an_earlier_run_start_the_model_warm() -> None:
     truth = 2 * PRIOR
     samples = [clean(shape(size), peak_of(shape(size), truth)) for size in (1, 4, 16, 64) for _ in range(3)]
