@@ -91,13 +91,20 @@ def outcome_as_text(outcome: "Outcome", command_line: str) -> str:
             f"Resume with: {command_line}"
         )
     if not rows["committed"]:
-        return f"Nothing to do: {_rows(total)} committed in {folder}{_failed(outcome.num_failed)}."
+        return _nothing_to_do(plan, total, outcome.num_failed)
     speed = f"{format_seconds(report['seconds'])}, {report['rows_per_second']:.1f} rows/s"
     lines = [f"{_rows(rows['committed'])} committed to {folder} in {speed}{_failed(rows['failed'])}"]
     lines += [f"  {count:,} × {code}" for code, count in report["failures"].items()]
-    if outcome.num_failed > rows["failed"]:
-        lines.append(f"{total:,} rows stand in {folder}{_failed(outcome.num_failed)}")
+    if outcome.num_failed:
+        lines.append(f"{folder} holds {_rows(total)}{_failed(outcome.num_failed)}: see their error_message")
     return "\n".join([*lines, *_batch_lines(report["batches"])])
+
+
+def _nothing_to_do(plan: "Plan", total: int, num_failed: int) -> str:
+    job = plan.opened.job
+    if total == 0:
+        return f"Nothing to do: {job.source.path} has no rows."
+    return f"Nothing to do: all {_rows(total)} are committed in {job.output.path}{_failed(num_failed)}."
 
 
 def _failed(count: int) -> str:
