@@ -1,6 +1,6 @@
 """Load a checkpoint with transformers, strictly: safetensors only, no remote code, every key in its place."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,5 +58,6 @@ def _refuse_wrong_keys(folder: Path, loading: Mapping[str, Any]) -> None:
         )
 
 
-def _first(keys: object) -> str:
-    return min(str(key[0] if isinstance(key, tuple) else key) for key in keys)  # type: ignore[attr-defined]
+def _first(keys: Iterable[str | tuple[str, ...]]) -> str:
+    # A mismatched key comes with both shapes.
+    return min(key if isinstance(key, str) else key[0] for key in keys)

@@ -1,5 +1,6 @@
 """Decide what a run will do before anything heavy starts: which rows are left, with what, and where."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,13 +49,14 @@ class OpenJob:
 class Plan:
     """What is committed and what is left.
 
-    *moved* maps the path of a source that has parts to where the same data stands now; *limit*
-    counts rows of the source from its beginning.
+    *moved* maps the path of a source that has parts to where the same data stands now; *done* holds
+    the committed rows of each shard by its path; *limit* counts rows of the source from its beginning.
     """
 
     opened: OpenJob
     parts: tuple[Part, ...]
     moved: Mapping[str, str]
+    done: Mapping[str, Sequence[range]]
     placement: Placement | None
     limit: int | None = None
 
@@ -75,7 +77,7 @@ class Plan:
         return sum(
             len(range(rows.start, min(rows.stop, _end(shard))))
             for shard in self._shards()
-            for rows in self._done(shard)
+            for rows in self.done.get(shard.path, ())
         )
 
     @property
@@ -92,15 +94,12 @@ class Plan:
     def chunks(self) -> Iterator[Chunk]:
         """The chunks that are left, in the order of the source."""
         for shard in self._shards():
-            left = gaps(shard.num_rows, self._done(shard))
+            left = gaps(shard.num_rows, self.done.get(shard.path, ()))
             yield from self.opened.source.chunks(shard, left, self.opened.job.output.rows_per_part)
 
     def identity_of(self, chunk: Chunk) -> Mapping[str, str | int]:
         """The identity of the shard that *chunk* is of."""
         return next(s.identity for s in self.opened.shards if s.path == chunk.source)
-
-    def _done(self, shard: Shard) -> list[range]:
-        return [p.info.rows for p in self.parts if self.moved.get(_path(p), _path(p)) == shard.path]
 
     def _shards(self) -> Iterator[Shard]:
         # An unknown length counts as endless: the limit then cuts it to a known one, which is
@@ -187,7 +186,11 @@ def make_plan(opened: OpenJob, limit: int | None = None) -> Plan:
     """
     parts = committed_parts(Path(opened.job.output.path), opened.settings)
     _refuse_changed(opened.shards, parts)
-    return Plan(opened, tuple(parts), _moved(opened.shards, parts), _placement(opened), limit)
+    moved = _moved(opened.shards, parts)
+    done: defaultdict[str, list[range]] = defaultdict(list)
+    for part in parts:
+        done[moved.get(_path(part), _path(part))].append(part.info.rows)
+    return Plan(opened, tuple(parts), moved, done, _placement(opened), limit)
 
 
 def _placement(opened: OpenJob) -> Placement | None:
