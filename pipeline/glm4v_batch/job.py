@@ -3,6 +3,7 @@
 This module alone decides which settings exist. A setting of a later version is simply not here yet.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -225,7 +226,7 @@ def _as_tuple(value: Any) -> Any:
 def _local_folder(value: str) -> str:
     if "://" in value:
         raise ValueError(f"must be a folder on this machine, not {shown(value)}: parts are linked and synced")
-    return str(Path(value).expanduser())
+    return os.path.expanduser(value)  # noqa: PTH111  Path's raises where there is no such user
 
 
 class OutputSettings(_Section):

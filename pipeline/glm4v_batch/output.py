@@ -10,11 +10,11 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 
@@ -44,31 +44,36 @@ def locked(folder: Path) -> Iterator[None]:
     The lock is the kernel's and goes with the process, so that kill -9 leaves none behind.
     """
     state = _make_folders(folder)
-    with ExitStack() as stack:
-        with refusing(folder):
-            file = stack.enter_context((state / "lock").open("a+"))
-            _lock(file, folder)
-            _remove_leftovers(state / "tmp")
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                file.truncate(0)
-
-
-def _lock(file: TextIO, folder: Path) -> None:
+    with refusing(folder):
+        descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, folder)
+        with refusing(folder):
+            _remove_leftovers(state / "tmp")
+        yield
+        _write_owner(descriptor, "")
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
+        owner = os.read(descriptor, 1000).decode(errors="replace") or "owner unknown"
         raise OutputLockedError(
-            f"{folder} is held by another run: {file.read().strip() or 'owner unknown'}.",
+            f"{folder} is held by another run: {owner}.",
             hint="Wait for it to end, or stop it; what it has committed stays.",
         ) from None
-    file.truncate(0)
     since = datetime.now().astimezone().isoformat(timespec="seconds")
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
-    file.flush()
+    _write_owner(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}")
+
+
+def _write_owner(descriptor: int, owner: str) -> None:
+    # For people only: the kernel knows who holds the lock, so a full disk does not matter here.
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)
 
 
 def _make_folders(folder: Path) -> Path:
@@ -198,16 +203,23 @@ class Output:
 
 
 def readable(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """*column*, with text that is not UTF-8 mended: one such cell would keep readers from the whole part."""
+    """*column*, with text that is not UTF-8 mended: one such cell would keep readers from the whole part.
+
+    Inside lists and structs a cell with such text becomes null.
+    """
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise
-        cells = column.cast(pa.large_binary()).to_pylist()
-        texts = [None if cell is None else cell.decode(errors="replace") for cell in cells]
-        return pa.chunked_array([pa.array(texts, column.type)])
+        return pa.chunked_array([pa.array(map(_mended, column), column.type)])
     return column
+
+
+def _mended(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except ValueError:
+        flat = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
+        return flat.as_buffer().to_pybytes().decode(errors="replace") if hasattr(flat, "as_buffer") else None
 
 
 def _row(result: Result) -> dict[str, Any]:

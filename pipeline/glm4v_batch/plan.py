@@ -217,28 +217,32 @@ def _path(part: Part) -> str:
     return str(part.info.source["path"])
 
 
-def _content(identity: Mapping[str, str | int]) -> frozenset[tuple[str, str | int]]:
+def _content(identity: Mapping[str, str | int]) -> frozenset[tuple[str, str | int]] | None:
+    # Without a sample of the data, equal identities do not mean equal data.
+    if "sample_sha256" not in identity:
+        return None
     return frozenset(item for item in identity.items() if item[0] != "path")
 
 
 def _moved(shards: Sequence[Shard], parts: Sequence[Part]) -> dict[str, str]:
     """Sources that stand at another path than their parts say, recognised by their content.
 
-    Without this, another spelling of `source.path` would do every row again.
+    Without this, another spelling of `source.path` would do every row again. Among shards of the
+    same content any is right whose rows are not taken yet.
     """
+    taken: defaultdict[str, set[int]] = defaultdict(set)
+    for part in parts:
+        taken[_path(part)].update(part.info.rows)
     present = {shard.path for shard in shards}
-    moved = {}
+    moved: dict[str, str] = {}
     for path, content in {_path(p): _content(p.info.source) for p in parts}.items():
-        same = [shard.path for shard in shards if _content(shard.identity) == content]
-        if path in present or not same:
+        if path in present or content is None:
             continue
-        if len(same) > 1:
-            raise SourceError(
-                f"{path} has committed rows and is gone; {', '.join(same)} hold the same data, and which "
-                "of them it was cannot be told.",
-                hint="Give source.path as it was, or choose another output.path.",
-            )
-        moved[path] = same[0]
+        same = (shard.path for shard in shards if _content(shard.identity) == content)
+        new = next((candidate for candidate in same if not taken[candidate] & taken[path]), None)
+        if new is not None:
+            moved[path] = new
+            taken[new] |= taken[path]
     return moved
 
 

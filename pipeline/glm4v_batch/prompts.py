@@ -245,7 +245,13 @@ def _unpadded(parts: Sequence[str], at: int) -> str:
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer as transformers completes it: tokenizer.json, then what tokenizer_config.json adds."""
-    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
+    try:
+        tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
+    except Exception as error:  # noqa: BLE001, RUF100  the library raises nothing narrower
+        raise JobError(
+            f"{checkpoint.tokenizer_file} cannot be read as a tokenizer: {error}.",
+            hint="Download the checkpoint again.",
+        ) from None
     config = checkpoint.tokenizer_config
     described = config.get("added_tokens_decoder") or {}
     for number in sorted(described, key=int):

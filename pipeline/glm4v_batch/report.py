@@ -107,7 +107,7 @@ def read_runs(folder: Path) -> Iterator[tuple[str, BatchRun]]:
     A last line that a crash cut short is passed over.
     """
     path = folder / STATE_FOLDER / "batches.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

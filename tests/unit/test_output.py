@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glm4v_batch.errors import OutputError, OutputLockedError
-from glm4v_batch.output import Output, committed_parts, describe, fingerprint, locked
+from glm4v_batch.output import Output, committed_parts, describe, fingerprint, locked, readable
 from glm4v_batch.parts import STATE_FOLDER
 from glm4v_batch.types import Chunk
 from tests.builders import completion, failure, record
@@ -64,6 +64,29 @@ def test_answers_and_failures_stand_in_row_order_with_their_passed_columns(tmp_p
     ]
     assert (rows[1]["error_stage"], rows[1]["error_code"]) == ("decode", "image_truncated")
     assert (parts[-1].info.num_ok, parts[-1].info.num_failed) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "mended"),
+    [
+        (pa.array([b"good", b"\xff", None]).cast(pa.string(), safe=False), ["good", "\ufffd", None]),
+        (
+            pa.ListArray.from_arrays([0, 1, 2], pa.array([b"a", b"\xff"]).cast(pa.string(), safe=False)),
+            [["a"], None],
+        ),
+        (
+            pa.DictionaryArray.from_arrays(
+                [0, 1, 0], pa.array([b"a", b"\xff"]).cast(pa.string(), safe=False)
+            ),
+            ["a", "\ufffd", "a"],
+        ),
+    ],
+)
+def test_text_that_is_not_utf8_is_mended_whatever_holds_it(column: pa.Array, mended: list[object]) -> None:
+    found = readable(pa.chunked_array([column]))
+
+    assert found.to_pylist() == mended
+    assert found.type == column.type
 
 
 def test_a_second_run_is_refused_at_once_and_told_who_holds_the_folder(tmp_path: Path) -> None:

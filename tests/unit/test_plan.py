@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel
 
@@ -13,7 +15,7 @@ from glm4v_batch.executor import Outcome, run
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.output import fingerprint
 from glm4v_batch.plan import OpenJob, make_plan, open_job, text_settings
-from tests.conftest import MakeSource
+from tests.conftest import MakeSource, image_bytes
 from tests.e2e.command import MODEL, write_job
 
 # Each setting with another value, and whether the text or the columns of a part can change with it.
@@ -127,14 +129,32 @@ def test_two_files_of_the_same_rows_are_two_sources(job: Job, tmp_path: Path) ->
     assert make_plan(open_job(job)).num_left == 0
 
 
-def test_a_source_that_could_be_any_of_several_is_refused(job: Job, tmp_path: Path) -> None:
+def test_among_equal_files_a_renamed_one_is_the_one_without_parts(job: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    (folder / "a.parquet").write_bytes((folder / "shard-0.parquet").read_bytes())
     finish(open_job(job))
-    shard = tmp_path / "source" / "shard-0.parquet"
-    (tmp_path / "source" / "a.parquet").write_bytes(shard.read_bytes())
-    shard.rename(tmp_path / "source" / "b.parquet")
 
-    with pytest.raises(SourceError, match="hold the same data"):
-        make_plan(open_job(job))
+    (folder / "shard-0.parquet").rename(folder / "z.parquet")
+
+    assert make_plan(open_job(job)).num_left == 0
+
+
+def test_a_different_file_with_an_equal_footer_is_done(job: Job, tmp_path: Path) -> None:
+    def write(name: str, first: int) -> None:
+        images = [image_bytes(row, kind="BMP") for row in range(first, first + 4)]
+        table = pa.table({"id": list("abcd"), "image": images, "title": list("efgh")})
+        pq.write_table(table, folder / name, write_statistics=False, compression="none", use_dictionary=False)
+
+    folder = tmp_path / "equal"
+    folder.mkdir()
+    write("day1.parquet", 0)
+    finish(respelled(job, folder))
+
+    (folder / "day1.parquet").unlink()
+    write("day2.parquet", 100)
+
+    plan = make_plan(respelled(job, folder))
+    assert (plan.num_left, plan.vanished) == (4, (str(folder / "day1.parquet"),))
 
 
 def test_a_changed_source_is_refused_with_what_changed(job: Job, make_source: MakeSource) -> None:

@@ -124,6 +124,16 @@ def test_prompt_of_the_job_is_plain_text_too() -> None:
     assert render("", [2], renderer).count(IMAGE) == 2
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"model": {"type"'])
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+
+    with pytest.raises(JobError, match="cannot be read as a tokenizer"):
+        PromptRenderer(
+            replace(CHECKPOINT, tokenizer_file=tmp_path / "tokenizer.json"), system=None, user="{text}"
+        )
+
+
 def test_the_system_message_stands_as_it_is(tokenizer: Any) -> None:
     renderer = PromptRenderer(CHECKPOINT, system="Answer as {json}.", user="{text}")
 

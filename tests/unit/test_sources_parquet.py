@@ -262,7 +262,7 @@ def test_remote_files_are_read_through_fsspec(tmp_path: Path) -> None:
     assert [record.row for record in all_records(source)] == list(range(30))
 
 
-def test_the_identity_is_path_size_and_hash_of_the_footer(tmp_path: Path) -> None:
+def test_the_identity_is_path_size_footer_and_a_sample_of_the_data(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.parquet", 30)
 
     (shard,) = opened(path).shards()
@@ -274,6 +274,8 @@ def test_the_identity_is_path_size_and_hash_of_the_footer(tmp_path: Path) -> Non
         "path": str(path),
         "size": len(data),
         "footer_sha256": hashlib.sha256(footer).hexdigest(),
+        # Small files count whole.
+        "sample_sha256": hashlib.sha256(data).hexdigest(),
     }
 
 

@@ -128,7 +128,7 @@ def check_prompt(schema: "pa.Schema", columns: Sequence[str]) -> None:
         if not _can_be_written(kind):
             raise JobError(
                 f"prompt.user asks for {{{name}}}, a column of {kind}, which has no one way to be written.",
-                hint="Use a column of text, whole or decimal numbers, or true and false.",
+                hint="Use a column of text, whole or floating-point numbers, or true and false.",
             )
 
 
@@ -144,8 +144,10 @@ def _can_be_written(kind: "pa.DataType") -> bool:
 def _holds_text(kind: "pa.DataType") -> bool:
     from pyarrow import types
 
-    if types.is_list(kind) or types.is_large_list(kind):
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
         return _holds_text(kind.value_type)
+    if types.is_struct(kind):
+        return {field.name for field in kind} & {"bytes", "path"} == {"path"}
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 

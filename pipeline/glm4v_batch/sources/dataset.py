@@ -4,6 +4,7 @@ Rows are taken as Arrow tables, so that images stay as they are stored: that lib
 opens any path and URL that a record names, and this project's does not.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from . import RecordColumns, Shard, cut, first_line
 from .cells import Layout, check_image_column, records
 
 _ROWS_PER_READ = 32
+_SAMPLE_ROWS = 16
 _HELD_CHUNKS = 2
 _ROWS_TO_INFER_TYPES = 100
 
@@ -58,9 +60,9 @@ class MappedDatasetSource:
         self._rows = dataset.select_columns(existing).with_format("arrow")
         identity: dict[str, str | int] = {
             "path": _shard_name(settings),
-            "fingerprint": str(dataset._fingerprint),  # noqa: SLF001  the library offers no public name for it
             "num_rows": len(dataset),
-            "size": sum(Path(file["filename"]).stat().st_size for file in dataset.cache_files),
+            "schema_sha256": hashlib.sha256(str(self.schema.remove_metadata()).encode()).hexdigest(),
+            "sample_sha256": _sample(dataset.with_format("arrow")),
         }
         self._shard = Shard(_shard_name(settings), len(dataset), identity)
 
@@ -145,6 +147,22 @@ class StreamedDatasetSource:
                 return
             yield from records(table, self._shard.path, row, self._layout)
             row += table.num_rows
+
+
+def _sample(rows: Any) -> str:
+    """The hash of rows spread evenly over the data set.
+
+    Not the library's own fingerprint: that of local files depends on where they lie and when they
+    were touched.
+    """
+    digest = hashlib.sha256()
+    for row in range(0, len(rows), max(1, len(rows) // _SAMPLE_ROWS)):
+        table = rows[row : row + 1].combine_chunks().replace_schema_metadata(None)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
 
 
 def _library() -> ModuleType:

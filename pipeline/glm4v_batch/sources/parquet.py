@@ -38,6 +38,8 @@ _FOOTER_THREADS = 8
 # and repeated values are dictionary-encoded before their size is declared.
 _BOMB_BYTES = 256 << 20
 _BOMB_RATIO = 200
+_BLOCK_BYTES = 4096
+_SAMPLE_BLOCKS = 16
 
 
 class ParquetSource:
@@ -270,6 +272,8 @@ def _read_footer(fs: Any, path: str, name: str) -> _Footer:
         size = int(fs.size(path))
         with fs.open(path, "rb") as file:
             footer = _footer_bytes(file, size)
+            # A footer need not differ where the data does; a remote file's blocks would cost too much.
+            blocks = _sample(file, size) if isinstance(fs, LocalFileSystem) else None
         # Only the end of the file is looked at, so these bytes are a file to Arrow.
         metadata = pq.read_metadata(
             pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC)
@@ -279,8 +283,19 @@ def _read_footer(fs: Any, path: str, name: str) -> _Footer:
             "path": name,
             "size": size,
             "footer_sha256": hashlib.sha256(footer).hexdigest(),
+            **({} if blocks is None else {"sample_sha256": blocks}),
         }
         return _Footer(Shard(name, metadata.num_rows, identity), metadata, metadata.schema.to_arrow_schema())
+
+
+def _sample(file: Any, size: int) -> str:
+    """The hash of blocks spread evenly over the file: all of a small one, a few of a large one."""
+    digest = hashlib.sha256()
+    step = max(_BLOCK_BYTES, size // _SAMPLE_BLOCKS)
+    for position in range(0, size, step):
+        file.seek(position)
+        digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _footer_bytes(file: Any, size: int) -> bytes:
@@ -325,13 +340,25 @@ def _common_schema(footers: Sequence[_Footer], needed: Sequence[str], image: str
     return pa.schema(list(merged.values()))
 
 
+def _loses(one: pa.DataType, other: pa.DataType) -> bool:
+    """Whether no type holds every value of both, though Arrow would choose one."""
+    kinds = (one, other)
+    if any(pa.types.is_null(kind) for kind in kinds):
+        return False
+    if any(pa.types.is_timestamp(kind) for kind in kinds):
+        return True  # units and zones differ
+    if all(pa.types.is_integer(kind) for kind in kinds):
+        return pa.uint64() in kinds and any(pa.types.is_signed_integer(kind) for kind in kinds)
+    return any(pa.types.is_integer(kind) for kind in kinds)
+
+
 def _merge(merged: dict[str, pa.Field], field: pa.Field) -> str:
     """Widen the type of *field* in *merged* to hold both; say what is wrong where none does."""
     seen = merged.setdefault(field.name, pa.field(field.name, field.type))
     if seen.type == field.type:
         return ""
-    if {pa.types.is_integer(seen.type), pa.types.is_integer(field.type)} == {True, False}:
-        return f"{field.type}, elsewhere {seen.type}"  # a float64 does not hold every whole number
+    if _loses(seen.type, field.type):
+        return f"{field.type}, elsewhere {seen.type}"
     try:
         both = pa.unify_schemas(
             [pa.schema([seen]), pa.schema([seen.with_type(field.type)])], promote_options="permissive"
