@@ -271,10 +271,10 @@ def _snapshot_commit(folder: Path) -> str | None:
 
 def _snapshot(name: str, revision: str | None) -> Path:
     # Imported here: it takes a tenth of a second, which `validate` on a local model need not pay.
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_ALLOW_PATTERNS))
+        return _download(name, revision)
     except errors.HFValidationError:
         problem, hint = "is neither a folder here nor a name on the Hub.", "Check model.name."
     except errors.GatedRepoError:
@@ -294,6 +294,18 @@ def _snapshot(name: str, revision: str | None) -> Path:
     except (errors.HfHubHTTPError, OSError) as error:
         problem, hint = f"could not be downloaded: {error}", "Try again; what has arrived is kept."
     raise JobError(f"model {name} {problem}", hint=hint)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_ALLOW_PATTERNS))
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        # huggingface_hub 1.x asks the Hub about a pinned commit even where its snapshot is there.
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=_ALLOW_PATTERNS, local_files_only=True)
+        )
 
 
 def _weight_fault(path: Path) -> str:

@@ -135,6 +135,7 @@ def test_a_signal_to_the_whole_group_at_any_time_ends_in_one_line(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # whoever runs the tests may ignore it
     )
     time.sleep(delay)
 
@@ -146,6 +147,21 @@ def test_a_signal_to_the_whole_group_at_any_time_ends_in_one_line(
     assert "Traceback" not in stderr
     assert run_command("run", job).returncode == 0
     assert len(rows_of(tmp_path / "out")) == 150
+
+
+def test_a_signal_that_is_ignored_on_purpose_stays_ignored(tmp_path: Path, make_source: MakeSource) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(60), tmp_path / "out", extra=SLOW)
+    process = subprocess.Popen(
+        ["nohup", *command("run", job)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    while not list((tmp_path / "out").glob("part-*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.02)
+
+    process.send_signal(signal.SIGHUP)
+
+    assert process.wait(timeout=60) == 0
+    assert len(rows_of(tmp_path / "out")) == 60
 
 
 def test_the_second_signal_ends_the_run_at_once(tmp_path: Path, make_source: MakeSource) -> None:

@@ -429,13 +429,10 @@ def test_memory_does_not_depend_on_the_size_of_a_row_group(tmp_path: Path) -> No
         "        assert len(record.images[0].data) == 200_000\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "pipeline")}
-
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         capture_output=True,
         text=True,
-        env=environment,
         check=True,
     )
 
