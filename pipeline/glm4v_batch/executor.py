@@ -62,7 +62,8 @@ def run(opened: OpenJob, limit: int | None = None) -> Iterator[Event]:
             yield from _counted(_events(plan, _until(stop, first, chunks), stop), report)
         report.write()
         # A signal that came when nothing was left to stop interrupted nothing.
-        number = stop.signal_number if stop.is_heeded else None
+        complete = report.num_committed == plan.num_left
+        number = stop.signal_number if stop.is_heeded and not complete else None
         yield Outcome(plan, report.as_dict(), num_failed + report.num_failed_committed, number)
 
 

@@ -205,6 +205,24 @@ def test_an_interrupted_run_commits_what_its_last_batch_completed(
     assert len(contents(tmp_path / "out")) == 4
 
 
+def test_a_signal_during_the_last_batch_interrupts_nothing(tmp_path: Path, make_source: MakeSource) -> None:
+    slow = ["batching: {engine: echo, max_batch_size: 20, echo_seconds: 1.5}"]
+    job = write_job(tmp_path / "job.yaml", make_source(40), tmp_path / "out", extra=slow)
+    process = subprocess.Popen(
+        command("run", job), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    while not contents(tmp_path / "out"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)  # the last batch is in hand
+
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 0
+    assert b"40 rows committed" in stdout
+
+
 def test_a_run_goes_on_when_nobody_reads_its_progress(tmp_path: Path, make_source: MakeSource) -> None:
     job = write_job(tmp_path / "job.yaml", make_source(60, broken=(3,)), tmp_path / "out")
     reader, writer = os.pipe()
