@@ -41,7 +41,13 @@ class CpuMeter:
     def peak_bytes(self) -> tuple[int, ...]:
         return (self._peak_bytes,)
 
+    def reserved_bytes(self) -> tuple[int, ...]:
+        return self.peak_bytes()
+
     def free(self) -> None:
+        """Nothing is cached."""
+
+    def trim(self, budget_bytes: Sequence[int]) -> None:
         """Nothing is cached."""
 
 

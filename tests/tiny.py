@@ -67,7 +67,7 @@ def engine(
         weights(),
         vocabulary_of(opened.checkpoint, preprocess_settings(opened).renderer().decode),
         job.generation,
-        memory or MemoryModel(meter.held_bytes(), prior_coefficients(weights().config.to_dict(), 4)),
+        memory or MemoryModel(meter.held_bytes(), [prior_coefficients(weights().config.to_dict(), 4)]),
         meter,
         memory_fraction=memory_fraction,
         max_batch_size=max_batch_size,

@@ -9,12 +9,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from glm4v_batch.errors import JobError
 
-MODEL_TYPES = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
+# glmga is GLM-4.6V's classes under another name. Its memory is measured first, not computed.
+MODEL_TYPES = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")
 _ALLOW_PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
 _SAMPLED_FROM_BYTES = 1024**3
 _SAMPLE_BYTES = 4096
@@ -61,6 +63,15 @@ class Checkpoint:
     tokenizer_config: Mapping[str, Any] = field(repr=False)
     chat_template: str = field(repr=False)
     weight_files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as a safetensors file holds it; *dtype* is the file's word for it, such as BF16."""
+
+    dtype: str
+    num_values: int
+    num_bytes: int
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -127,6 +138,19 @@ def identity(checkpoint: Checkpoint) -> Mapping[str, str]:
         "weights": f"commit {checkpoint.revision}" if checkpoint.revision else _hash_weights(checkpoint),
         "chat_template": hashlib.sha256(checkpoint.chat_template.encode()).hexdigest(),
         **{part: _hash_file(checkpoint.folder / name) for part, name in files.items()},
+    }
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of the safetensors file *path* by name, from its header alone."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {
+        name: StoredTensor(
+            entry["dtype"], prod(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
     }
 
 
@@ -204,6 +228,8 @@ class _Findings:
         for switch in ("do_resize", "do_convert_rgb"):
             if section.get(switch) is False:
                 self.mistakes.append(f"switches {switch} off for its images, which is not supported.")
+        if section.get("patch_expand_factor", 1) != 1:
+            self.mistakes.append("expands its image patches (patch_expand_factor), which is not supported.")
         size = section.get("size") or {}
         edges = {"min_frame_pixels": size.get("shortest_edge"), "max_frame_pixels": size.get("longest_edge")}
         if size and None in edges.values():

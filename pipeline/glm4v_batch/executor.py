@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -11,14 +12,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from glm4v_batch.engines import Engine
-from glm4v_batch.output import Output, describe, locked
+from glm4v_batch.activations import can_predict
+from glm4v_batch.devices import DeviceMonitor, DeviceUse
+from glm4v_batch.engines import Engine, EngineEvent
+from glm4v_batch.engines.echo import EchoSettings, load_echo
+from glm4v_batch.engines.loading import ReplicaSettings, load_engine
+from glm4v_batch.output import Output, describe, locked, offload_folder
 from glm4v_batch.parts import Part
+from glm4v_batch.placement import priors, streamed_bytes
 from glm4v_batch.plan import OpenJob, Plan, make_plan, preprocess_settings
 from glm4v_batch.preprocess import preprocess
-from glm4v_batch.report import Report, read_samples
-from glm4v_batch.types import BatchRun, Chunk, Completion, Failure
+from glm4v_batch.replicas import Replicas
+from glm4v_batch.report import Report
+from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, ReplicaLost, ReplicaReady
 from glm4v_batch.worker import work
+
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,14 @@ class Outcome:
         return 3 if self.num_failed else 0
 
 
-Event = Plan | Part | Completion | Failure | BatchRun | Outcome
+@dataclass(frozen=True, slots=True)
+class DevicesSeen:
+    """What the run's GPUs are doing, once a second."""
+
+    uses: tuple[DeviceUse, ...]
+
+
+Event = Plan | Part | DevicesSeen | EngineEvent | Outcome
 
 
 def run(opened: OpenJob, limit: int | None = None) -> Iterator[Event]:
@@ -51,7 +67,7 @@ def run(opened: OpenJob, limit: int | None = None) -> Iterator[Event]:
         plan = make_plan(opened, limit)
         yield plan
         num_failed = sum(part.info.num_failed for part in plan.parts)
-        report = Report(folder, _context(plan))
+        report = _report(plan)
         chunks = plan.chunks()
         first = next(chunks, None)
         if first is None:
@@ -59,7 +75,7 @@ def run(opened: OpenJob, limit: int | None = None) -> Iterator[Event]:
             return
         describe(folder, opened.job.as_dict(), opened.settings)
         with _stop_on_signals() as stop:
-            yield from _counted(_events(plan, _until(stop, first, chunks), stop), report)
+            yield from _counted(_watched(plan, _events(plan, _until(stop, first, chunks), stop)), report)
         report.write()
         # A signal that came when nothing was left to stop interrupted nothing.
         complete = report.num_committed == plan.num_left
@@ -67,21 +83,29 @@ def run(opened: OpenJob, limit: int | None = None) -> Iterator[Event]:
         yield Outcome(plan, report.as_dict(), num_failed + report.num_failed_committed, number)
 
 
-def _events(plan: Plan, chunks: Iterable[Chunk], stop: "_Stop") -> Iterator[Event]:
+def _report(plan: Plan) -> Report:
+    folder = Path(plan.opened.job.output.path)
+    if plan.forecast is None:
+        num_replicas = max(1, plan.opened.job.batching.echo_replicas)
+        return Report(folder, ("echo",) * num_replicas)
+    return Report(folder, plan.forecast.contexts, plan.forecast.time)
+
+
+def _events(plan: Plan, chunks: Iterable[Chunk], stop: "_Stop") -> Iterator[Part | EngineEvent]:
     opened = plan.opened
     output = Output(Path(opened.job.output.path), opened.settings, opened.passed_fields)
     settings = preprocess_settings(opened)
     engine = open_engine(plan)
-    if stop.heed():  # it came while the model loaded
-        return
+    is_draining = False
     with closing(
         work(plan, chunks, partial(preprocess, settings=settings, num_workers=num_decoders()), engine, output)
     ) as events:
         for event in events:
             yield event
-            # Not before: the batch's other answers are there already and may complete a chunk.
-            if isinstance(event, BatchRun) and stop.heed():
-                return
+            # Its batches in hand are worth waiting for: their answers may complete a chunk.
+            if stop.heed() and not is_draining:
+                engine.drain()
+                is_draining = True
 
 
 def num_decoders() -> int:
@@ -89,6 +113,18 @@ def num_decoders() -> int:
     # Only Linux tells which cores a process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(2, cores - 1)
+
+
+def _watched(plan: Plan, events: Iterable[Part | EngineEvent]) -> Iterator[Part | EngineEvent | DevicesSeen]:
+    """*events*, and once a second what the devices do."""
+    replicas = plan.forecast.placement.replicas if plan.forecast else ()
+    last_look = time.monotonic()
+    with closing(DeviceMonitor([device for replica in replicas for device in replica.devices])) as monitor:
+        for event in events:
+            yield event
+            if time.monotonic() - last_look >= _LOOK_SECONDS:
+                last_look = time.monotonic()
+                yield DevicesSeen(monitor.read())
 
 
 def _counted(events: Iterable[Event], report: Report) -> Iterator[Event]:
@@ -100,52 +136,41 @@ def _counted(events: Iterable[Event], report: Report) -> Iterator[Event]:
                 report.add_batch(event)
             case Part():
                 report.add_part(event)
+            case ReplicaReady() | ReplicaLost():
+                report.add_replica(event)
+            case DevicesSeen():
+                report.add_uses(event.uses)
         yield event
 
 
-def _context(plan: Plan) -> str:
-    if plan.placement is None:
-        return "echo"
-    devices = ", ".join(f"{d.torch_name} {d.name}" for r in plan.placement.replicas for d in r.devices)
-    settings = plan.opened.settings
-    return f"{settings['model.config']} {settings['model.dtype']} on {devices}"
-
-
 def open_engine(plan: Plan) -> Engine:
-    """The engine that the job names, loaded."""
+    """The engine that the job names: in this process, or in one for each replica of the model."""
     batching = plan.opened.job.batching
     if batching.engine == "echo":
-        from glm4v_batch.engines.echo import EchoEngine
+        settings = EchoSettings(batching.max_batch_size or 64, batching.echo_seconds)
+        if batching.echo_replicas:
+            return Replicas(load_echo, [settings] * batching.echo_replicas, plan.num_left)
+        return load_echo(settings)
+    return Replicas(load_engine, replica_settings(plan), plan.num_left)
 
-        return EchoEngine(batching.max_batch_size or 64, batching.echo_seconds)
-    return _generate_engine(plan)
 
-
-def _generate_engine(plan: Plan) -> Engine:
-    from glm4v_batch.engines.generate import GenerateEngine, vocabulary_of
-    from glm4v_batch.memory import MemoryModel, prior_coefficients
-    from glm4v_batch.meters import meter_for
-    from glm4v_batch.model import load_model
-
-    assert plan.placement is not None
-    opened, (replica,) = plan.opened, plan.placement.replicas
-    job, checkpoint = opened.job, opened.checkpoint
-    model = load_model(checkpoint.folder, job.model.dtype, replica.device_map)
-    meter = meter_for(replica.devices[0])
-    memory = MemoryModel(
-        meter.held_bytes(),
-        prior_coefficients(model.config.to_dict(), model.dtype.itemsize),
-        read_samples(Path(job.output.path), _context(plan)),
-    )
-    return GenerateEngine(
-        model,
-        vocabulary_of(checkpoint, preprocess_settings(opened).renderer().decode),
-        job.generation,
-        memory,
-        meter,
-        memory_fraction=job.devices.memory_fraction,
-        max_batch_size=job.batching.max_batch_size,
-    )
+def replica_settings(plan: Plan) -> list[ReplicaSettings]:
+    """What the process of each replica is started with."""
+    forecast, job = plan.forecast, plan.opened.job
+    assert forecast is not None
+    return [
+        ReplicaSettings(
+            job=job,
+            checkpoint=plan.opened.checkpoint,
+            replica=replica,
+            priors=priors(replica, forecast.needs),
+            samples=forecast.samples(index),
+            streamed_bytes=streamed_bytes(replica, forecast.needs),
+            must_probe=not can_predict(forecast.needs.config),
+            offload_folder=offload_folder(Path(job.output.path), index),
+        )
+        for index, replica in enumerate(forecast.placement.replicas)
+    ]
 
 
 class _Stop:

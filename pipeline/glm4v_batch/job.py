@@ -178,27 +178,76 @@ def _check_devices(value: Any) -> Any:
         return value
     numbers = isinstance(value, (list, tuple)) and all(type(item) is int and item >= 0 for item in value)
     if not numbers or not value:
-        raise ValueError(f"must be all, cpu or a GPU number such as [0], not {shown(value)}")
-    if len(value) > 1:
-        raise ValueError(
-            f"names {len(value)} GPUs, and this version runs on one: name one, or leave it at all"
-        )
+        raise ValueError(f"must be all, cpu or GPU numbers such as [0, 2], not {shown(value)}")
+    twice = sorted(number for number in set(value) if value.count(number) > 1)
+    if twice:
+        raise ValueError(f"names GPU {twice[0]} twice")
     return tuple(value)
+
+
+_LAYOUTS = ("auto", "replicas", "balanced", "balanced_low_0", "sequential")
+
+
+def _check_layout(value: Any) -> Any:
+    if isinstance(value, dict) and value:
+        return {module: _check_spot(module, spot) for module, spot in value.items()}
+    if value not in _LAYOUTS:
+        *names, last = _LAYOUTS
+        raise ValueError(
+            f"must be {', '.join(names)}, {last} or a map of module names to GPU numbers, not {shown(value)}"
+        )
+    return value
+
+
+def _check_spot(module: Any, spot: Any) -> Any:
+    is_gpu = type(spot) is int and spot >= 0
+    if not isinstance(module, str) or not (is_gpu or spot in ("cpu", "disk")):
+        raise ValueError(
+            f"puts {shown(module)} on {shown(spot)}: a module's name goes with a GPU number, cpu or disk"
+        )
+    return spot
+
+
+def _check_group(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"must be auto or a number of GPUs, not {shown(value)}")
 
 
 class DeviceSettings(_Section):
     """Where the model runs. None of this changes the output."""
 
     use: Annotated[Literal["all", "cpu"] | tuple[int, ...], BeforeValidator(_check_devices)] = Field(
-        default="all", description="all: the GPU with the most free memory; cpu; or one GPU, as [0]."
+        default="all", description="all; cpu; or GPUs by number, such as [0, 2], as nvidia-smi counts them."
     )
-    layout: Literal["auto"] = Field(default="auto", description="How the model lies on the GPUs.")
-    gpus_per_replica: Literal["auto"] = Field(
-        default="auto", description="GPUs that share one copy of the model."
+    layout: Annotated[
+        Literal["auto", "replicas", "balanced", "balanced_low_0", "sequential"]
+        | dict[str, int | Literal["cpu", "disk"]],
+        BeforeValidator(_check_layout),
+    ] = Field(
+        default="auto",
+        description="auto: as many copies of the model as fit. replicas: one on each GPU. The others, or a "
+        "map of module names to GPU numbers, lay one copy over several GPUs.",
+    )
+    gpus_per_replica: Annotated[Literal["auto"] | int, BeforeValidator(_check_group)] = Field(
+        default="auto", description="How many GPUs share one copy of the model."
     )
     memory_fraction: float = Field(
-        default=0.92, gt=0, le=1, description="The part of each GPU's memory that may be used."
+        default=0.92, gt=0, le=1, description="The part of each GPU's free memory that may be used."
     )
+    memory_limit_gib: float | None = Field(
+        default=None, gt=0, description="The most that is taken of any GPU, in GiB. Null: no limit."
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none", description="Where layers go that fit on no GPU, which is much slower. none: refuse."
+    )
+
+    @field_validator("gpus_per_replica")
+    @classmethod
+    def _not_with_a_map(cls, value: Literal["auto"] | int, info: ValidationInfo) -> Literal["auto"] | int:
+        if value != "auto" and isinstance(info.data.get("layout"), dict):
+            raise ValueError("has no effect where devices.layout is a map: leave it out")
+        return value
 
 
 class BatchingSettings(_Section):
@@ -210,8 +259,11 @@ class BatchingSettings(_Section):
     )
     max_batch_size: int | None = Field(default=None, ge=1, description="Null: as many as the memory holds.")
     echo_seconds: float = Field(default=0.0, ge=0, description="How long the echo engine takes for a batch.")
+    echo_replicas: int = Field(
+        default=0, ge=0, le=64, description="Processes that the echo engine runs in; 0: the run's own."
+    )
 
-    @field_validator("echo_seconds")
+    @field_validator("echo_seconds", "echo_replicas")
     @classmethod
     def _only_for_echo(cls, value: float, info: ValidationInfo) -> float:
         if value and info.data.get("engine") in ("auto", "generate"):
@@ -404,15 +456,18 @@ generation:
   # seed: 0
 
 devices:
-  # use: all                   # all: the freest GPU | cpu | one GPU, as [0]
-  # layout: auto
-  # gpus_per_replica: auto
-  # memory_fraction: 0.92
+  # use: all                   # all | cpu | GPUs by number, as [0, 2]
+  # layout: auto               # auto | replicas | balanced | balanced_low_0 | sequential | {module: GPU}
+  # gpus_per_replica: auto     # how many GPUs share one copy of the model
+  # memory_fraction: 0.92      # of what is free on each GPU
+  # memory_limit_gib: null     # the most that is taken of any GPU
+  # offload: none              # none | cpu | disk: where layers go that fit on no GPU
 
 batching:
   # engine: auto               # auto | generate | echo (no model: for trying out)
   # max_batch_size: null       # null: as many as the memory holds
   # echo_seconds: 0.0
+  # echo_replicas: 0
 
 output:
   path: out/caption            # the answers, and the checkpoint of the run

@@ -8,18 +8,21 @@ architecture and are pulled towards every measured batch. Trust is asymmetric: t
 budget that batches may use rises slowly while they run clean and falls at once when memory runs out.
 """
 
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from glm4v_batch.activations import WHOLE as WHOLE
+from glm4v_batch.activations import DeviceShare as DeviceShare
+from glm4v_batch.activations import FloatArray as FloatArray
+from glm4v_batch.activations import can_predict as can_predict
+from glm4v_batch.activations import prior_coefficients as prior_coefficients
 from glm4v_batch.types import BatchShape, PeakSample
-
-FloatArray = NDArray[np.float64]
 
 _FIRST_TRUST = 0.4
 _TRUST_GAIN = 1.25
@@ -30,6 +33,7 @@ _LEAST_TRUST = 0.1
 _SMALLEST_MARGIN = 0.02
 _LARGEST_MARGIN = 1.0
 _MARGIN_QUANTILE = 0.9
+_NUM_PROBES = 3
 _LEAST_PEAK_FRACTION = 0.01
 _WORKSPACE_FRACTION = 0.01
 # Small beside one sample, whose terms are of order one: the prior decides only what samples do not.
@@ -54,64 +58,52 @@ class Meter(Protocol):
         ...
 
     def peak_bytes(self) -> tuple[int, ...]:
-        """The peak of the last `watch`."""
+        """The peak of live tensors in the last `watch`."""
+        ...
+
+    def reserved_bytes(self) -> tuple[int, ...]:
+        """The most that the allocator held in the last `watch`; beyond the peak, it is cache or fragments."""
         ...
 
     def free(self) -> None:
         """Give cached, unused memory back to the device."""
         ...
 
-
-def prior_coefficients(config: Mapping[str, Any], bytes_per_value: int) -> FloatArray:
-    """Bytes per feature in each phase, [phases, features], of the model that *config* describes.
-
-    *config* is a checkpoint's config.json. Features are those of `BatchShape`, in its order.
-    The factors are read off exact live-byte traces of GLM-4.1V-9B under transformers 5.17 and 5.23:
-    a vision block holds 18 times its hidden size per patch beside the float32 pixels, which stay to
-    the end; a decoder layer's MLP four times its intermediate and five times its hidden size per
-    token; a padded batch a boolean mask and its additive copy; and a masked decode step
-    a copy of one layer's keys and values for every head. Logits count in the model's type and in
-    float32, where tokens are chosen.
-    """
-    text, vision = config.get("text_config", config), config["vision_config"]
-    hidden, heads = text["hidden_size"], text["num_attention_heads"]
-    head_dim = text.get("head_dim") or hidden // heads
-    key_values = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * head_dim * bytes_per_value
-    pixels = 4 * 3 * vision.get("temporal_patch_size", 2) * vision["patch_size"] ** 2
-    logits = text["vocab_size"] * (bytes_per_value + 8)
-    features = hidden * bytes_per_value // 4
-    mlp = (4 * text["intermediate_size"] + 5 * hidden) * bytes_per_value
-    repeated = 2 * heads * head_dim * bytes_per_value
-    per_patch = 18.1 * vision["hidden_size"] * bytes_per_value + pixels
-    return np.array(
-        [
-            # requests, padded tokens, visual patches, KV tokens, mask cells
-            [0.0, 0.0, per_patch, 0.0, 0.0],
-            [logits, mlp + key_values, pixels + features, 0.0, 1.0 + bytes_per_value],
-            [logits, 0.0, pixels, key_values + repeated, 0.0],
-        ]
-    )
+    def trim(self, budget_bytes: Sequence[int]) -> None:
+        """Give cached memory back where more than *budget_bytes* is held: others may have come for it."""
+        ...
 
 
 class MemoryModel:
     """Peak memory of one replica as a function of the batch, per device.
 
-    *fixed_bytes* is what each device holds before any batch, *prior* [phases, features] as
-    `prior_coefficients` gives it, *samples* what an earlier run measured on the same devices.
+    *fixed_bytes* is what each device holds before any batch, *priors* per device what
+    `prior_coefficients` gives, *samples* what an earlier run measured on the same devices.
+    *must_probe* says that the priors are proportions only (`can_predict` is False): the first batches
+    are single requests, later ones at most twice as large as the largest that ran, and the margin
+    covers the worst recent error, because a formula that is not the model's errs again and again.
     """
 
     def __init__(
-        self, fixed_bytes: Sequence[int], prior: FloatArray, samples: Sequence[PeakSample] = ()
+        self,
+        fixed_bytes: Sequence[int],
+        priors: Sequence[FloatArray],
+        samples: Sequence[PeakSample] = (),
+        *,
+        must_probe: bool = False,
     ) -> None:
         self._fixed_bytes = tuple(fixed_bytes)
+        self._must_probe = must_probe
         # Workspaces and the like: they come with the first batch and do not grow with it.
         self._priors = [
-            np.insert(prior, 0, _WORKSPACE_FRACTION * fixed, axis=1) for fixed in self._fixed_bytes
+            np.insert(prior, 0, _WORKSPACE_FRACTION * fixed, axis=1)
+            for fixed, prior in zip(self._fixed_bytes, priors, strict=True)
         ]
         self._coefficients = self._priors
         self._samples: deque[PeakSample] = deque(maxlen=_MEMORY_OF_SAMPLES)
         self.margin = _SMALLEST_MARGIN
         self.trust = _FIRST_TRUST
+        self._largest_batch: float = 1 if must_probe else math.inf
         self._learn(samples)
 
     def predict(self, shape: BatchShape) -> tuple[int, ...]:
@@ -123,8 +115,11 @@ class MemoryModel:
         )
 
     def fits(self, shape: BatchShape, budget_bytes: Sequence[int]) -> bool:
-        """Whether *shape*, with the margin, stays within the trusted part of every device's budget."""
-        return all(
+        """Whether *shape*, with the margin, stays within the trusted part of every device's budget.
+
+        With *must_probe*, no batch fits that is larger than what has been measured allows.
+        """
+        return shape.batch_size <= self._largest_batch and all(
             (predicted - fixed) * (1 + self.margin) <= (budget - fixed) * self.trust
             for predicted, fixed, budget in zip(
                 self.predict(shape), self._fixed_bytes, budget_bytes, strict=True
@@ -144,12 +139,22 @@ class MemoryModel:
             # Errors are judged by the new fit: what it has learnt needs no margin any more.
             recent = sorted(map(self._excess, list(self._samples)[-_RECENT:]))
             # Not the very worst: one odd batch would hold all others down for long.
-            worst = recent[int(_MARGIN_QUANTILE * (len(recent) - 1))]
+            quantile = 1.0 if self._must_probe else _MARGIN_QUANTILE
+            worst = recent[int(quantile * (len(recent) - 1))]
             self.margin = min(max(worst, _SMALLEST_MARGIN), _LARGEST_MARGIN)
+            self._largest_batch = self._next_largest_batch()
+
+    def _next_largest_batch(self) -> float:
+        if not self._must_probe:
+            return math.inf
+        sizes = [sample.shape.batch_size for sample in self._samples if not sample.out_of_memory]
+        return 1 if len(sizes) < _NUM_PROBES else 2 * max(sizes)
 
     def _next_trust(self, sample: PeakSample) -> float:
         if not sample.out_of_memory:
-            return min(1.0, self.trust * _TRUST_GAIN)
+            # That a probe ran clean says nothing of batches.
+            is_probe = self._must_probe and len(self._samples) < _NUM_PROBES
+            return self.trust if is_probe else min(1.0, self.trust * _TRUST_GAIN)
         # A request alone is tried whatever the prediction says; that it fails says nothing of larger batches.
         alone = sample.shape.batch_size == 1
         return self.trust if alone else max(_LEAST_TRUST, self.trust * _TRUST_LOSS)

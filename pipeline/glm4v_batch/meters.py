@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from glm4v_batch.devices import host_memory
 from glm4v_batch.types import Device
 
 
@@ -47,21 +48,33 @@ class CudaMeter:
 
         return tuple(torch.cuda.max_memory_allocated(i) for i in self._indices)
 
+    def reserved_bytes(self) -> tuple[int, ...]:
+        """The most that the allocator had from the driver since `watch` began."""
+        import torch
+
+        return tuple(torch.cuda.max_memory_reserved(i) for i in self._indices)
+
     def free(self) -> None:
         """Return unused blocks of the allocator to the device."""
         import torch
 
         torch.cuda.empty_cache()
 
+    def trim(self, budget_bytes: Sequence[int]) -> None:
+        """Return unused blocks where the allocator holds more than *budget_bytes*."""
+        import torch
+
+        held = map(torch.cuda.memory_reserved, self._indices)
+        if any(reserved > budget for reserved, budget in zip(held, budget_bytes, strict=True)):
+            self.free()
+
 
 class HostMeter:
     """Measures this process's resident memory; on Linux its peak can be started anew."""
 
     def limit_bytes(self) -> tuple[int, ...]:
-        """What the process holds and what the host still has free."""
-        import psutil
-
-        return (psutil.virtual_memory().available + self.held_bytes()[0],)
+        """What the process holds and what the host, or its container, still has free."""
+        return (host_memory().free_bytes + self.held_bytes()[0],)
 
     def held_bytes(self) -> tuple[int, ...]:
         """The resident set."""
@@ -81,8 +94,15 @@ class HostMeter:
         """The high-water mark of the resident set."""
         return (_high_water_bytes(),)
 
+    def reserved_bytes(self) -> tuple[int, ...]:
+        """What it has peaked at: the kernel knows no difference."""
+        return self.peak_bytes()
+
     def free(self) -> None:
         """Nothing to give back: the C library decides."""
+
+    def trim(self, budget_bytes: Sequence[int]) -> None:
+        """As `free`."""
 
 
 def _high_water_bytes() -> int:
@@ -94,6 +114,8 @@ def _high_water_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def meter_for(device: Device) -> CudaMeter | HostMeter:
-    """What measures *device*."""
-    return HostMeter() if device.index is None else CudaMeter((device.index,))
+def meter_for(devices: Sequence[Device]) -> CudaMeter | HostMeter:
+    """What measures a replica's *devices*, in a process that sees no other GPU than these."""
+    if any(device.index is None for device in devices):
+        return HostMeter()
+    return CudaMeter(range(len(devices)))

@@ -1,6 +1,7 @@
 """Load a checkpoint with transformers, strictly: safetensors only, no remote code, every key in its place."""
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,59 @@ _DTYPES: Mapping[str, torch.dtype | str] = {
 }
 
 
-def load_model(folder: Path, dtype: str, device_map: Mapping[str, str]) -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: str, device_map: Mapping[str, str], offload_folder: Path | None = None
+) -> PreTrainedModel:
     """The model of *folder* in *dtype*, each module on its device, ready to generate.
 
-    Raises JobError where the checkpoint's keys are not exactly the model's: transformers would
-    fill what is missing with random numbers and go on.
+    *device_map* names torch devices, `cpu` or `disk`; what `disk` gets that its files do not hold as it
+    is used goes to *offload_folder*. Raises JobError where the checkpoint's keys are not exactly the
+    model's: transformers would fill what is missing with random numbers and go on.
     """
     transformers_logging.disable_progress_bar()
     model, loading = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=_DTYPES[dtype],
-        device_map=dict(device_map),
+        device_map={module: _torch_spot(spot) for module, spot in device_map.items()},
+        offload_folder=offload_folder,
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
     )
     _refuse_wrong_keys(folder, loading)
+    check_placed(model, device_map)
     # Only what the job says counts; a checkpoint's own sampling settings would fill every gap.
     model.generation_config = GenerationConfig()
     model.eval()
     return model
+
+
+def _torch_spot(spot: str) -> str | torch.device:
+    # accelerate lets requests enter through the first of the *set* of devices: of names that is any of
+    # them, with Python's hash seed; of device objects it is the lowest card.
+    return spot if spot in ("cpu", "disk") else torch.device(spot)
+
+
+def check_placed(model: torch.nn.Module, device_map: Mapping[str, str]) -> None:
+    """Assert that every parameter and buffer of *model* lies where *device_map* says.
+
+    What is offloaded stands as meta tensors between its uses, its buffers where it is executed; nothing
+    else may be on meta.
+    """
+    is_spread = len(set(device_map.values())) > 1
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        spot = spot_of(name, device_map)
+        if not (is_spread and spot in ("cpu", "disk")):
+            assert tensor.device == torch.device(spot), f"{name} is on {tensor.device}, not on {spot}"
+        elif isinstance(tensor, torch.nn.Parameter):
+            assert tensor.is_meta, f"{name} is on {tensor.device}, not offloaded to {spot}"
+
+
+def spot_of(name: str, device_map: Mapping[str, str]) -> str:
+    """Where the tensor *name* belongs: the spot of the longest module name that is a prefix of it."""
+    prefixes = [module for module in device_map if module in ("", name) or name.startswith(f"{module}.")]
+    return device_map[max(prefixes, key=len)]
 
 
 def _refuse_wrong_keys(folder: Path, loading: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -51,6 +52,8 @@ def locked(folder: Path) -> Iterator[None]:
         with refusing(folder):
             _remove_leftovers(state / "tmp")
         yield
+        with refusing(folder):
+            _remove_leftovers(state / "tmp")
         _write_owner(descriptor, "")
     finally:
         os.close(descriptor)
@@ -93,7 +96,15 @@ def _make_folders(folder: Path) -> Path:
 def _remove_leftovers(folder: Path) -> None:
     # Only ever under the lock: without it they might be another run's.
     for path in folder.iterdir():
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def offload_folder(folder: Path, replica: int) -> Path:
+    """Where *replica* may keep weights that do not fit elsewhere; it goes with what else is temporary."""
+    return folder / STATE_FOLDER / "tmp" / f"offload-{replica}"
 
 
 def describe(folder: Path, job: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

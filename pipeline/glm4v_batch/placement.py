@@ -1,86 +1,222 @@
-"""Find the devices and put the model on one of them.
+"""Decide where the copies of the model go, by numbers, before a weight is read.
 
-This version runs one replica on one device: the chosen GPU with the most free memory, or the
-CPU where there is none.
+A copy takes the smallest group of devices that holds it with its largest request, and there are as
+many copies as the devices allow. Layers are spread over several devices where one cannot hold them
+all, or where the job asks for it.
 """
 
-import os
-from collections.abc import Sequence
-from typing import Literal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import inf
 
+from glm4v_batch.activations import DeviceShare, FloatArray, prior_coefficients
+from glm4v_batch.device_map import check_map, compact_map, spots_of
 from glm4v_batch.errors import PlacementError
-from glm4v_batch.types import Device, Placement, Replica
+from glm4v_batch.job import DeviceSettings
+from glm4v_batch.layouts import Demand, budget_bytes, lay
+from glm4v_batch.memory import MemoryModel
+from glm4v_batch.needs import ModelNeeds, ModuleNeed
+from glm4v_batch.packing import batch_of, largest, share_of
+from glm4v_batch.reasons import reason_of
+from glm4v_batch.shortage import no_room, overfull
+from glm4v_batch.types import Device, PeakSample, Placement, Replica, RequestSize, Spot
 from glm4v_batch.units import format_bytes
 
-Use = Literal["all", "cpu"] | Sequence[int]
 
-# Below this a GPU has no room for the activations of even one large image.
-_SMALLEST_ROOM = 1.03
+def place(
+    devices: Sequence[Device],
+    needs: ModelNeeds,
+    settings: DeviceSettings,
+    worst: RequestSize,
+    typical: RequestSize,
+    host: Device | None = None,
+) -> Placement:
+    """Where the copies of the model go on *devices*, those that `devices.use` names, in its order.
 
-
-def let_segments_grow() -> None:
-    """Ask torch's CUDA allocator for segments that grow, unless the user has asked for something else.
-
-    Batches of ever new sizes fragment a card otherwise: a batch predicted and measured at 88 % of an
-    80 GB card ran out of memory. To be called before torch touches CUDA, which reads this once.
+    Every device of a copy has room for its weights and one *worst* request within `memory_fraction`
+    of what it may use; layers are spread so that batches of *typical* requests can be largest. Only
+    `auto` passes over a device that a copy has no room on; the other layouts are refused then. What
+    gets no module is idle. *host*, the CPU, bounds what may lie in host memory; None: no bound. Raises
+    PlacementError with the numbers where something does not fit, JobError where the job's own map is
+    wrong.
     """
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    host_bytes = inf if host is None else budget_bytes(host, settings)
+    demand = Demand(needs, settings, worst, typical, host_bytes)
+    if devices[0].index is None:
+        return _on_the_cpu(devices[0], demand)
+    if isinstance(settings.layout, Mapping):
+        return _by_map(devices, demand, settings.layout)
+    if settings.layout == "auto" and settings.gpus_per_replica == "auto":
+        return _as_many_as_fit(devices, demand)
+    return _in_groups(devices, demand)
 
 
-def find_devices(use: Use) -> tuple[Device, ...]:
-    """The devices that `devices.use` names, GPUs first choice, the CPU where there is no GPU.
+def shares(replica: Replica, needs: ModelNeeds) -> tuple[DeviceShare, ...]:
+    """The part of the work that each device of *replica* does.
 
-    Raises PlacementError where it names a GPU that is not there.
+    The first one takes the inputs and executes what lies on no device, as accelerate has it.
     """
-    let_segments_grow()
-    import torch
+    return tuple(
+        share_of(modules, needs, takes_inputs=position == 0)
+        for position, modules in enumerate(_executed(replica, needs))
+    )
 
-    count = torch.cuda.device_count() if use != "cpu" else 0
-    wanted = list(range(count)) if isinstance(use, str) else list(use)
-    missing = sorted(set(wanted) - set(range(count)))
-    if missing:
+
+def priors(replica: Replica, needs: ModelNeeds) -> list[FloatArray]:
+    """What `prior_coefficients` gives for each device of *replica*."""
+    return [
+        prior_coefficients(needs.config, needs.bytes_per_value, share) for share in shares(replica, needs)
+    ]
+
+
+def standing_bytes(replica: Replica, needs: ModelNeeds) -> tuple[int, ...]:
+    """What each device of *replica* holds without a batch: its weights, and room for what passes through."""
+    streamed = streamed_bytes(replica, needs)
+    return tuple(weights + room for weights, room in zip(replica.weight_bytes, streamed, strict=True))
+
+
+def streamed_bytes(replica: Replica, needs: ModelNeeds) -> tuple[int, ...]:
+    """Room that each device keeps for offloaded modules: the first one executes them, one at a time."""
+    spots = spots_of(replica.device_map, needs)
+    streamed = [m.weight_bytes for m in needs.modules if not isinstance(spots[m.name], int)]
+    return (max(streamed, default=0), *(0 for _ in replica.devices[1:]))
+
+
+def expected_batch_size(
+    replica: Replica,
+    needs: ModelNeeds,
+    typical: RequestSize,
+    memory_fraction: float,
+    samples: Sequence[PeakSample] = (),
+) -> int:
+    """How many *typical* requests fit *replica* at once when trust is full; 0 where not one does.
+
+    *samples* are what an earlier run measured on the same devices.
+    """
+    memory = MemoryModel(standing_bytes(replica, needs), priors(replica, needs), samples)
+    memory.trust = 1.0
+    budgets = [int(device.usable_bytes * memory_fraction) for device in replica.devices]
+    return largest(lambda num_requests: memory.fits(batch_of(typical, num_requests), budgets))
+
+
+def _executed(replica: Replica, needs: ModelNeeds) -> list[list[ModuleNeed]]:
+    spots = spots_of(replica.device_map, needs)
+    executed: list[list[ModuleNeed]] = [[] for _ in replica.devices]
+    for module in needs.modules:
+        spot = spots[module.name]
+        executed[spot if isinstance(spot, int) else 0].append(module)
+    return executed
+
+
+def _on_the_cpu(device: Device, demand: Demand) -> Placement:
+    settings = demand.settings
+    if settings.layout not in ("auto", "replicas") or settings.gpus_per_replica not in ("auto", 1):
         raise PlacementError(
-            f"devices.use names GPU {missing[0]}, but {_gpus_there(count)}.",
-            hint="Run 'nvidia-smi' to see them; CUDA_VISIBLE_DEVICES may hide some.",
+            "devices.layout and devices.gpus_per_replica spread the model over GPUs, and it runs on the CPU.",
+            hint="Leave both at auto, or run where there are GPUs.",
         )
-    return tuple(_cuda_device(index) for index in wanted) or (_cpu(),)
+    replica = lay([device], replace(demand, settings=settings.model_copy(update={"offload": "none"})))
+    if replica is None:
+        raise no_room([device], demand, [device])
+    return _described([device], [replica], demand)
 
 
-def _gpus_there(count: int) -> str:
-    return "there is no GPU here" if count == 0 else f"the GPUs here are 0 to {count - 1}"
+def _as_many_as_fit(devices: Sequence[Device], demand: Demand) -> Placement:
+    on_devices = replace(demand, settings=demand.settings.model_copy(update={"offload": "none"}))
+    left = sorted(devices, key=lambda device: -budget_bytes(device, demand.settings))
+    replicas: list[Replica] = []
+    while (replica := _on_the_fewest(left, devices, on_devices)) is not None:
+        replicas.append(replica)
+        left = [device for device in left if device not in replica.devices]
+    if not replicas:
+        return _in_groups(devices, demand)
+    return _described(devices, _joined(replicas, left, devices, on_devices), demand)
 
 
-def _cuda_device(index: int) -> Device:
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(index)
-    properties = torch.cuda.get_device_properties(index)
-    limit = int(torch.cuda.get_per_process_memory_fraction(index) * properties.total_memory)
-    return Device(index, properties.name, limit, min(free, limit))
+def _on_the_fewest(left: Sequence[Device], order: Sequence[Device], demand: Demand) -> Replica | None:
+    groups = (sorted(left[:size], key=order.index) for size in range(1, len(left) + 1))
+    return next((replica for group in groups if (replica := lay(group, demand)) is not None), None)
 
 
-def _cpu() -> Device:
-    import psutil
+def _joined(
+    replicas: Sequence[Replica], left: Sequence[Device], order: Sequence[Device], demand: Demand
+) -> list[Replica]:
+    """*replicas*, those of several devices widened by what is *left* wherever that makes batches larger."""
 
-    memory = psutil.virtual_memory()
-    return Device(None, "CPU", memory.total, memory.available)
+    def batch_size(replica: Replica) -> int:
+        return expected_batch_size(replica, demand.needs, demand.typical, demand.settings.memory_fraction)
+
+    joined = list(replicas)
+    for device in left:
+        # A copy on one device is faster than any that is spread.
+        spread = [replica for replica in joined if len(replica.devices) > 1]
+        if spread:
+            least = min(spread, key=lambda replica: len(replica.devices))
+            wider = lay(sorted([*least.devices, device], key=order.index), demand)
+            if wider is not None and batch_size(wider) > batch_size(least):
+                joined[joined.index(least)] = wider
+    return joined
 
 
-def place(devices: Sequence[Device], weight_bytes: int, memory_fraction: float) -> Placement:
-    """The whole model on the device with the most free memory.
-
-    Raises PlacementError, before a weight is read, where it does not fit there.
-    """
-    device = max(devices, key=lambda d: d.free_bytes)
-    budget = int(device.free_bytes * memory_fraction)
-    if weight_bytes * _SMALLEST_ROOM > budget:
+def _in_groups(devices: Sequence[Device], demand: Demand) -> Placement:
+    settings = demand.settings
+    size = settings.gpus_per_replica
+    if size == "auto":
+        size = 1 if settings.layout == "replicas" else len(devices)
+    num_groups, num_over = divmod(len(devices), size)
+    if num_groups == 0 or (num_over and settings.layout != "auto"):
         raise PlacementError(
-            f"The model needs {format_bytes(weight_bytes)} for its weights, and some room beside them; "
-            f"{device.torch_name} ({device.name}) has {format_bytes(budget)} "
-            f"({memory_fraction:.0%} of the {format_bytes(device.free_bytes)} that are free).",
-            hint="Free memory on the device, name another one in devices.use, or use a smaller model.",
+            f"devices.gpus_per_replica is {size}, and {len(devices)} GPUs cannot be divided so.",
+            hint="Name a multiple of it in devices.use, or choose another number.",
         )
-    reason = f"{format_bytes(weight_bytes)} of weights fit on {device.torch_name}"
-    if len(devices) > 1:
-        reason += f", the freest of {len(devices)} GPUs; this version uses one"
-    return Placement((Replica((device,), {"": device.torch_name}, (weight_bytes,)),), reason)
+    each = replace(demand, host_bytes=demand.host_bytes / num_groups)
+    groups = [devices[number * size : (number + 1) * size] for number in range(num_groups)]
+    return _described(devices, [_laid(group, each, devices) for group in groups], demand)
+
+
+def _laid(group: Sequence[Device], demand: Demand, chosen: Sequence[Device]) -> Replica:
+    replica = lay(group, demand)
+    if replica is None:
+        raise no_room(group, demand, chosen)
+    return replica
+
+
+def _by_map(devices: Sequence[Device], demand: Demand, layout: Mapping[str, Spot]) -> Placement:
+    check_map(layout, demand.needs, devices)
+    named = spots_of(layout, demand.needs)
+    by_index = {device.index: device for device in devices}
+    # The first device takes the inputs, so it is the one where the model begins.
+    indices = [spot for spot in dict.fromkeys(named.values()) if isinstance(spot, int)]
+    spots = {name: indices.index(spot) if isinstance(spot, int) else spot for name, spot in named.items()}
+    held: Counter[Spot] = Counter()
+    for module in demand.needs.modules:
+        held[spots[module.name]] += module.weight_bytes
+    replica = Replica(
+        devices=tuple(by_index[index] for index in indices),
+        device_map=compact_map(spots),
+        weight_bytes=tuple(held[position] for position in range(len(indices))),
+        offloaded_bytes=held["cpu"] + held["disk"],
+    )
+    _refuse_overfull(replica, demand, held["cpu"])
+    return _described(devices, [replica], demand)
+
+
+def _refuse_overfull(replica: Replica, demand: Demand, host_bytes: int) -> None:
+    memory = MemoryModel(standing_bytes(replica, demand.needs), priors(replica, demand.needs))
+    memory.trust = 1.0
+    worst = batch_of(demand.worst)
+    if not memory.fits(worst, [budget_bytes(device, demand.settings) for device in replica.devices]):
+        raise overfull(replica.devices, memory.predict(worst), demand)
+    if host_bytes > demand.host_bytes:
+        raise PlacementError(
+            f"devices.layout puts {format_bytes(host_bytes)} of weights into host memory, "
+            f"which has room for {format_bytes(demand.host_bytes)}.",
+            hint="Put fewer modules on cpu, or put them on disk.",
+        )
+
+
+def _described(devices: Sequence[Device], replicas: Sequence[Replica], demand: Demand) -> Placement:
+    used = {device for replica in replicas for device in replica.devices}
+    idle = tuple(device for device in devices if device not in used)
+    return Placement(tuple(replicas), reason_of(replicas, idle, demand), idle)

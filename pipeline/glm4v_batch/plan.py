@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from glm4v_batch.checkpoint import Checkpoint, identity, locate, read_checkpoint
 from glm4v_batch.errors import JobError, SourceError
+from glm4v_batch.forecast import Forecast, make_forecast
 from glm4v_batch.images import with_pixel_limits
 from glm4v_batch.job import Job
 from glm4v_batch.output import committed_parts, fingerprint
 from glm4v_batch.parts import Part, gaps
-from glm4v_batch.placement import find_devices, place
 from glm4v_batch.preprocess import PreprocessSettings
 from glm4v_batch.sources import (
     RecordColumns,
@@ -26,7 +26,7 @@ from glm4v_batch.sources import (
     open_source,
 )
 from glm4v_batch.templates import columns_of
-from glm4v_batch.types import Chunk, Placement
+from glm4v_batch.types import Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +49,16 @@ class OpenJob:
 class Plan:
     """What is committed and what is left.
 
-    *moved* maps the path of a source that has parts to where the same data stands now; *done* holds
-    the committed rows of each shard by its path; *limit* counts rows of the source from its beginning.
+    *forecast* is None where no model is needed: for the echo engine, and where nothing is left. *moved*
+    maps the path of a source that has parts to where the same data stands now; *done* holds the
+    committed rows of each shard by its path; *limit* counts rows of the source from its beginning.
     """
 
     opened: OpenJob
     parts: tuple[Part, ...]
     moved: Mapping[str, str]
     done: Mapping[str, Sequence[range]]
-    placement: Placement | None
+    forecast: Forecast | None
     limit: int | None = None
 
     @property
@@ -96,6 +97,14 @@ class Plan:
         for shard in self._shards():
             left = gaps(shard.num_rows, self.done.get(shard.path, ()))
             yield from self.opened.source.chunks(shard, left, self.opened.job.output.rows_per_part)
+
+    def left(self) -> list[tuple[str, range]]:
+        """The rows that are left, by the path of their shard, in the order of the source."""
+        return [
+            (shard.path, rows)
+            for shard in self._shards()
+            for rows in gaps(shard.num_rows, self.done.get(shard.path, ()))
+        ]
 
     def identity_of(self, chunk: Chunk) -> Mapping[str, str | int]:
         """The identity of the shard that *chunk* is of."""
@@ -190,27 +199,18 @@ def make_plan(opened: OpenJob, limit: int | None = None) -> Plan:
     done: defaultdict[str, list[range]] = defaultdict(list)
     for part in parts:
         done[moved.get(_path(part), _path(part))].append(part.info.rows)
-    return Plan(opened, tuple(parts), moved, done, _placement(opened), limit)
+    plan = Plan(opened, tuple(parts), moved, done, None, limit)
+    return replace(plan, forecast=_forecast(plan))
 
 
-def _placement(opened: OpenJob) -> Placement | None:
-    if opened.job.batching.engine == "echo":
+def _forecast(plan: Plan) -> Forecast | None:
+    opened = plan.opened
+    # A night without new files must not fail because the GPUs are busy.
+    if opened.job.batching.engine == "echo" or plan.num_left == 0:
         return None
-    devices = opened.job.devices
-    return place(find_devices(devices.use), weight_bytes(opened), devices.memory_fraction)
-
-
-def weight_bytes(opened: OpenJob) -> int:
-    """What the weights take in the job's precision, from the sizes of their files."""
-    stored = sum(path.stat().st_size for path in opened.checkpoint.weight_files)
-    dtype, theirs = opened.job.model.dtype, opened.checkpoint.dtype
-    if dtype == "auto" or theirs is None:
-        return stored
-    return stored * _value_bytes(dtype) // _value_bytes(theirs)
-
-
-def _value_bytes(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+    return make_forecast(
+        opened.job, opened.checkpoint, opened.source, preprocess_settings(opened), plan.left(), plan.num_left
+    )
 
 
 def _path(part: Part) -> str:

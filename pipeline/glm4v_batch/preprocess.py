@@ -4,12 +4,9 @@ Each worker has a thread of the driver and a pipe to itself, so a worker that cr
 its memory takes nothing with it but the group of records it holds; these are then tried one by one.
 """
 
-import fcntl
-import multiprocessing
 import os
 import pickle
 import resource
-import signal
 import sys
 import threading
 from collections import deque
@@ -18,9 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -29,13 +24,13 @@ from typing import Protocol, Self, cast
 import numpy as np
 
 from glm4v_batch.checkpoint import Checkpoint
+from glm4v_batch.child import Child
 from glm4v_batch.errors import Glm4vBatchError, RecordError, sanitise
 from glm4v_batch.images import ImageLimits, ImagePatches, read_image, visual_tokens, with_pixel_limits
 from glm4v_batch.prompts import PromptRenderer
 from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request, Stage
 
 _START_SECONDS = 120
-_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _READY = "ready"
 
 Item = tuple[Chunk, Record]
@@ -98,14 +93,7 @@ class Preprocessor:
 
     def __call__(self, chunk: Chunk, record: Record) -> Prepared:
         """The request of *record*. Whatever goes wrong with the record becomes its failure."""
-        try:
-            return self._request(chunk, record)
-        except Glm4vBatchError:
-            raise  # the trouble is not this record's: it stops the run
-        except RecordError as error:
-            return _failure((chunk, record), cast(Stage, error.stage), error.code, str(error))
-        except Exception as error:  # noqa: BLE001, RUF100  the border where a record's trouble becomes its row
-            return _failure((chunk, record), "decode", "preprocess_error", f"{type(error).__name__}: {error}")
+        return request_or_failure(self._request, chunk, record)
 
     def _request(self, chunk: Chunk, record: Record) -> Request:
         settings, processing = self._settings, self._processing
@@ -122,6 +110,20 @@ class Preprocessor:
             max_new_tokens=settings.max_new_tokens,
             inputs=ModelInputs(input_ids, patches, tuple(image.grid for image in images)),
         )
+
+
+def request_or_failure(
+    make_request: Callable[[Chunk, Record], Request], chunk: Chunk, record: Record
+) -> Prepared:
+    """What *make_request* makes of *record*; whatever goes wrong with the record becomes its failure."""
+    try:
+        return make_request(chunk, record)
+    except Glm4vBatchError:
+        raise  # the trouble is not this record's: it stops the run
+    except RecordError as error:
+        return _failure((chunk, record), cast(Stage, error.stage), error.code, str(error))
+    except Exception as error:  # noqa: BLE001, RUF100  the border where a record's trouble becomes its row
+        return _failure((chunk, record), "decode", "preprocess_error", f"{type(error).__name__}: {error}")
 
 
 def preprocess(
@@ -264,7 +266,7 @@ class _Worker:
         self._make = make
         self._lock = threading.Lock()
         self._closed = False
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._child: Child | None = None
         self._pipe: Connection | None = None
 
     def ask(self, group: Sequence[Item]) -> list[Prepared]:
@@ -289,24 +291,15 @@ class _Worker:
         """Kill the process; a thread that waits for it gets a _WorkerLostError."""
         with self._lock:
             self._closed = True
-            if self._process is not None:
-                self._process.kill()
-                self._process.join()
+            if self._child is not None:
+                self._child.kill()
 
     def _start(self) -> Connection:
-        context = _context()
         with self._lock:
             if self._closed:
                 raise _WorkerLostError("decoder_crashed", "preprocessing was stopped")
-            pipe, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, self._settings, self._make), name="preprocess", daemon=True
-            )
-            _block_signals()
-            process.start()
-            self._process = process
-            theirs.close()  # or the worker's death would not end the pipe
-        self._pipe = pipe
+            self._child = Child(_serve, self._settings, self._make, name="glm4v-decoder")
+        self._pipe = pipe = self._child.pipe
         try:
             answer = pipe.recv() if pipe.poll(_START_SECONDS) else None
         except (EOFError, OSError):
@@ -320,42 +313,13 @@ class _Worker:
 
     def _end(self, *, grace_seconds: float) -> str:
         """Make sure that the process is gone, and say how it ended."""
-        process, pipe = self._process, self._pipe
-        assert process is not None
-        assert pipe is not None
-        process.join(grace_seconds)  # of one that is dying, its own exit code says more than our kill
-        process.kill()
-        process.join()
-        pipe.close()
+        assert self._child is not None
         self._pipe = None
-        code = process.exitcode or 0
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def _context() -> ForkServerContext:
-    # Not fork: the driver's threads may hold locks at that moment. Not spawn: the fork server imports
-    # this module once, so a worker that died over a record is replaced at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _block_signals() -> None:
-    """Keep from this thread, and all that it starts, the signals that a terminal sends the whole group.
-
-    The fork server and the workers are started by such a thread and inherit this, so that none of
-    them is interrupted while it still imports. The driver decides, and ends them by SIGKILL.
-    """
-    # Starting the tracker unblocks signals again, so it comes first.
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+        return self._child.end(grace_seconds=grace_seconds)
 
 
 def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) -> None:
     """The worker: prepare groups until the driver closes the pipe."""
-    for number in _GROUP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    _die_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker starts a thread per core
     try:
         prepare = make(settings)
@@ -375,21 +339,6 @@ def _prepared(prepare: Prepare, group: Sequence[Item]) -> list[Prepared] | Glm4v
         return [prepare(chunk, record) for chunk, record in group]
     except Glm4vBatchError as error:  # the driver raises it
         return error
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process when the driver ends, even deep in a decoder's loop.
-
-    Not PR_SET_PDEATHSIG: the parent is the fork server, which lives as long as any worker does. The
-    pipe that tells of the driver's end is made to raise SIGIO instead, whose default is to end us.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
-    flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
-    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
-    if not parent.is_alive():  # it ended before the signal was set
-        sys.exit()
 
 
 def _limit_memory(num_bytes: int) -> None:

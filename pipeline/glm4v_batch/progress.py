@@ -1,17 +1,20 @@
 """Show a run as it goes: a bar on a terminal, a line every half minute elsewhere."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from glm4v_batch.executor import Event, Outcome
+from glm4v_batch.devices import DeviceUse
+from glm4v_batch.executor import DevicesSeen, Event, Outcome
+from glm4v_batch.forecast import Forecast
 from glm4v_batch.plan import Plan
-from glm4v_batch.types import BatchRun, Completion, Failure
-from glm4v_batch.units import format_count
+from glm4v_batch.render import time_as_text
+from glm4v_batch.types import BatchRun, Completion, Failure, ReplicaLost, ReplicaReady
+from glm4v_batch.units import GIB, format_bytes, format_count, format_seconds
 
 _LOG_SECONDS = 30.0
 
@@ -26,6 +29,8 @@ class Progress:
         self._num_done = 0
         self._num_failed = 0
         self._num_left: int | None = None
+        self._forecast: Forecast | None = None
+        self._devices = ""
 
     def __enter__(self) -> "Progress":
         return self
@@ -46,6 +51,10 @@ class Progress:
                     self._count(event)
                 case BatchRun() if event.out_of_memory:
                     self._note(f"out of memory: a batch of {event.shape.batch_size} was split")
+                case ReplicaReady() | ReplicaLost():
+                    self._note(f"{self._name(event.replica)} {_what_became(event)}")
+                case DevicesSeen():
+                    self._show_devices(event.uses)
                 case Outcome():
                     return event
         raise AssertionError("a run ends with its outcome")
@@ -54,6 +63,7 @@ class Progress:
         for line in _plan_lines(plan):
             self._note(line)
         self._num_left = plan.num_left
+        self._forecast = plan.forecast
         if self._stream.isatty() and plan.num_left != 0:
             self._bar = tqdm(total=plan.num_left, unit=" rows", file=self._stream, smoothing=0.1)
 
@@ -63,7 +73,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
             if isinstance(result, Failure):
-                self._bar.set_postfix(failed=self._num_failed)
+                self._show_postfix()
         elif time.monotonic() - self._last_line > _LOG_SECONDS:
             self._last_line = time.monotonic()
             self._note(self._progress_line())
@@ -71,7 +81,23 @@ class Progress:
     def _progress_line(self) -> str:
         rate = self._num_done / (self._last_line - self._started)
         total = "" if self._num_left is None else f" of {self._num_left:,}"
-        return f"{self._num_done:,}{total} rows, {self._num_failed:,} failed, {rate:.1f} rows/s"
+        devices = f"; {self._devices}" if self._devices else ""
+        return f"{self._num_done:,}{total} rows, {self._num_failed:,} failed, {rate:.1f} rows/s{devices}"
+
+    def _show_devices(self, uses: Sequence[DeviceUse]) -> None:
+        self._devices = ", ".join(map(_use, uses))
+        self._show_postfix()
+
+    def _show_postfix(self) -> None:
+        if self._bar is not None:
+            failed = f"{self._num_failed:,} failed" if self._num_failed else ""
+            self._bar.set_postfix_str(", ".join(filter(None, [failed, self._devices])))
+
+    def _name(self, replica: int) -> str:
+        if self._forecast is None:
+            return f"replica {replica}"
+        devices = self._forecast.placement.replicas[replica].devices
+        return f"replica {replica} on {', '.join(device.torch_name for device in devices)}"
 
     def _note(self, line: str) -> None:
         # Whoever read the progress may be gone; the work goes on.
@@ -83,11 +109,28 @@ class Progress:
                 self._stream.flush()
 
 
+def _what_became(event: ReplicaReady | ReplicaLost) -> str:
+    if isinstance(event, ReplicaReady):
+        held = f" with {format_bytes(sum(event.held_bytes))}" if event.held_bytes else ""
+        return f"ready after {format_seconds(event.seconds)}{held}"
+    return f"lost, {format_count(event.num_requests, 'request')} to do again: {event.reason}"
+
+
+def _use(use: DeviceUse) -> str:
+    """One GPU's memory in GiB, and how busy it is."""
+    busy = "" if use.utilisation is None else f" {use.utilisation:.0%}"
+    return f"cuda:{use.index} {use.used_bytes / GIB:.1f}/{use.total_bytes / GIB:.0f} GiB{busy}"
+
+
 def _plan_lines(plan: Plan) -> Iterator[str]:
     job = plan.opened.job
     left = "an unknown number of rows" if plan.num_left is None else format_count(plan.num_left, "row")
     yield f"{job.name}: {left} to do, {plan.num_committed:,} committed in {job.output.path}"
-    where = "echo engine, no model is loaded" if plan.placement is None else plan.placement.reason
-    yield f"model {job.model.name}: {where}"
+    if plan.forecast is not None:
+        yield f"model {job.model.name}: {plan.forecast.placement.reason}"
+        if plan.forecast.time is not None:
+            yield f"expected: {time_as_text(plan.forecast.time)}"
+    elif plan.num_left != 0:
+        yield "echo engine: no model is loaded"
     for path in plan.vanished:
         yield f"gone: {path}; its parts stay"

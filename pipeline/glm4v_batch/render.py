@@ -10,10 +10,13 @@ from glm4v_batch.units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     # Commands that only print settings must not pay for importing what others print.
     from glm4v_batch.executor import Outcome
+    from glm4v_batch.forecast import Forecast
     from glm4v_batch.inspection import InspectedRow
     from glm4v_batch.job import Job
     from glm4v_batch.plan import Plan
+    from glm4v_batch.speed import TimeEstimate
     from glm4v_batch.status import Status
+    from glm4v_batch.types import Device, Replica
 
 
 def as_json(value: object) -> str:
@@ -36,7 +39,7 @@ def plan_as_text(plan: "Plan") -> str:
         f"committed    {_rows(plan.num_committed)} in {parts} of {job.output.path}",
         f"left         {_rows(plan.num_left)}, {job.output.rows_per_part} to a part",
         f"model        {job.model.name} ({opened.checkpoint.model_type}, {job.model.dtype})",
-        *_placement_lines(plan),
+        *_forecast_lines(plan),
         f"fingerprint  {plan.fingerprint[:12]}",
     ]
     lines += [f"gone         {path}; its parts stay" for path in plan.vanished]
@@ -47,19 +50,55 @@ def _rows(count: int | None) -> str:
     return "an unknown number of rows" if count is None else format_count(count, "row")
 
 
-def _placement_lines(plan: "Plan") -> Iterator[str]:
-    if plan.placement is None:
-        yield "engine       echo: no model is loaded"
+def _forecast_lines(plan: "Plan") -> Iterator[str]:
+    forecast, job = plan.forecast, plan.opened.job
+    if forecast is None:
+        yield "engine       echo: no model is loaded" if plan.num_left != 0 else "placement    nothing to do"
         return
-    yield f"placement    {plan.placement.reason}"
-    fraction = plan.opened.job.devices.memory_fraction
-    for replica in plan.placement.replicas:
-        for device, weights in zip(replica.devices, replica.weight_bytes, strict=True):
-            budget = int(device.free_bytes * fraction)
-            yield (
-                f"{device.torch_name:<12} {device.name}: budget {format_bytes(budget)}, "
-                f"weights {format_bytes(weights)}, room for batches {format_bytes(budget - weights)}"
-            )
+    yield from (f"device       {_device(device)}" for device in forecast.devices)
+    yield f"placement    {forecast.placement.reason}"
+    for replica in forecast.placement.replicas:
+        yield from (f"             {line}" for line in _room(replica, job.devices.memory_fraction))
+    yield f"requests     {_requests(forecast)}"
+    yield f"batch        about {format_count(forecast.batch_size, 'typical request')} at once"
+    time = "unknown" if forecast.time is None else time_as_text(forecast.time)
+    yield f"time         {time}"
+
+
+def _device(device: "Device") -> str:
+    limit = (
+        "" if device.limit_bytes is None else f", of which the job takes {format_bytes(device.limit_bytes)}"
+    )
+    return (
+        f"{device.torch_name} {device.name}: {format_bytes(device.total_bytes)}, "
+        f"{format_bytes(device.others_bytes)} held by others{limit}"
+    )
+
+
+def _room(replica: "Replica", memory_fraction: float) -> Iterator[str]:
+    for device, weight_bytes in zip(replica.devices, replica.weight_bytes, strict=True):
+        budget = int(device.usable_bytes * memory_fraction)
+        yield (
+            f"{device.torch_name}: budget {format_bytes(budget)}, weights {format_bytes(weight_bytes)}, "
+            f"room for batches {format_bytes(budget - weight_bytes)}"
+        )
+
+
+def _requests(forecast: "Forecast") -> str:
+    typical, worst, sampled = forecast.typical, forecast.worst, forecast.survey
+    unusable = f", {sampled.num_failed:,} of them unusable" if sampled.num_failed else ""
+    return (
+        f"{format_count(len(sampled.sizes) + sampled.num_failed, 'row')} sampled{unusable}: on average "
+        f"{typical.prompt_tokens:,} prompt tokens with {typical.visual_patches:,} patches; the largest to be "
+        f"ready for has {worst.prompt_tokens:,} with {worst.visual_patches:,}"
+    )
+
+
+def time_as_text(time: "TimeEstimate") -> str:
+    """An estimate with its interval, and what it rests on."""
+    low, high = format_seconds(time.low_seconds), format_seconds(time.high_seconds)
+    basis = "by measured batches" if time.is_measured else "a guess until batches are measured"
+    return f"{format_seconds(time.seconds)} ({low} to {high}), {basis}"
 
 
 def plan_as_json(plan: "Plan") -> str:
@@ -72,12 +111,27 @@ def plan_as_json(plan: "Plan") -> str:
             "rows": {"total": plan.num_rows, "committed": plan.num_committed, "left": plan.num_left},
             "parts": len(plan.parts),
             "vanished": plan.vanished,
-            "placement": None if plan.placement is None else asdict(plan.placement),
+            "forecast": _forecast_as_dict(plan.forecast),
             "fingerprint": plan.fingerprint,
             "settings": plan.opened.settings,
             "output": job.output.path,
         }
     )
+
+
+def _forecast_as_dict(forecast: "Forecast | None") -> dict[str, Any] | None:
+    if forecast is None:
+        return None
+    return {
+        "devices": [asdict(device) for device in forecast.devices],
+        "placement": asdict(forecast.placement),
+        "weight_bytes": forecast.needs.weight_bytes,
+        "sampled": {"rows": len(forecast.survey.sizes), "failures": dict(forecast.survey.failures)},
+        "typical_request": asdict(forecast.typical),
+        "largest_request": asdict(forecast.worst),
+        "batch_size": forecast.batch_size,
+        "time": None if forecast.time is None else asdict(forecast.time),
+    }
 
 
 def outcome_as_text(outcome: "Outcome", command_line: str) -> str:
@@ -97,7 +151,20 @@ def outcome_as_text(outcome: "Outcome", command_line: str) -> str:
     lines += [f"  {count:,} × {code}" for code, count in report["failures"].items()]
     if outcome.num_failed:
         lines.append(f"{folder} holds {_rows(total)}{_failed(outcome.num_failed)}: see their error_message")
-    return "\n".join([*lines, *_batch_lines(report["batches"])])
+    return "\n".join([*lines, *_batch_lines(report["batches"]), *_run_lines(report)])
+
+
+def _run_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    for device in report["devices"]:
+        busy = device["utilisation_mean"]
+        yield (
+            f"cuda:{device['index']} at most {format_bytes(device['peak_used_bytes'])} in use"
+            f"{'' if busy is None else f', busy {busy:.0%} of the time'}"
+        )
+    plan = report["plan"]
+    if plan is not None:
+        took, expected = format_seconds(plan["actual_seconds"]), format_seconds(plan["seconds"])
+        yield f"took {took}; the plan said {expected}"
 
 
 def _nothing_to_do(plan: "Plan", total: int, num_failed: int) -> str:

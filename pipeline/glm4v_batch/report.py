@@ -13,16 +13,34 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from glm4v_batch.devices import DeviceUse
 from glm4v_batch.parts import STATE_FOLDER, Part, refusing
-from glm4v_batch.types import BatchRun, BatchShape, Completion, Failure, PeakSample, Result
+from glm4v_batch.speed import TimeEstimate
+from glm4v_batch.types import (
+    BatchRun,
+    BatchShape,
+    Completion,
+    Failure,
+    ReplicaLost,
+    ReplicaReady,
+    Result,
+)
 
 
 class Report:
-    """What this run has done so far. *context* names model and devices: samples of another do not apply."""
+    """What this run has done so far.
 
-    def __init__(self, folder: Path, context: str) -> None:
+    *contexts* name, per replica, model and devices: samples of another context do not apply.
+    *expected* is what the plan said of the time.
+    """
+
+    def __init__(self, folder: Path, contexts: Sequence[str], expected: TimeEstimate | None = None) -> None:
         self._folder = folder / STATE_FOLDER
-        self._context = context
+        self._contexts = contexts
+        self._expected = expected
+        self._ready: list[ReplicaReady] = []
+        self._lost: list[ReplicaLost] = []
+        self._uses: dict[int, _Use] = {}
         self._started = time.monotonic()
         self._failures: Counter[str] = Counter()
         self._runs: list[BatchRun] = []
@@ -49,22 +67,52 @@ class Report:
     def add_batch(self, run: BatchRun) -> None:
         """Keep what a batch measured, on disk too."""
         self._runs.append(run)
+        line = json.dumps({"context": self._contexts[run.replica], **asdict(run)})
         with refusing(self._folder), (self._folder / "batches.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"context": self._context, **asdict(run)}) + "\n")
+            file.write(f"{line}\n")
+
+    def add_replica(self, event: ReplicaReady | ReplicaLost) -> None:
+        """Count a replica that came or went."""
+        match event:
+            case ReplicaReady():
+                self._ready.append(event)
+            case ReplicaLost():
+                self._lost.append(event)
+
+    def add_uses(self, uses: Sequence[DeviceUse]) -> None:
+        """Count what the devices were seen doing."""
+        for use in uses:
+            self._uses.setdefault(use.index, _Use()).add(use)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as it goes to `report.json`."""
         seconds = time.monotonic() - self._started
         num_failed = self._failures.total()
         return {
-            "context": self._context,
+            "contexts": list(self._contexts),
             "rows": {"ok": self._num_ok, "failed": num_failed, "committed": self.num_committed},
             "failures": dict(self._failures.most_common()),
             "seconds": round(seconds, 3),
             "rows_per_second": round((self._num_ok + num_failed) / seconds, 3),
             "tokens": {"prompt": self._tokens["prompt"], "completion": self._tokens["completion"]},
             "batches": batch_figures(self._runs),
+            "replicas": self._replicas(),
+            "devices": [{"index": index, **use.as_dict()} for index, use in sorted(self._uses.items())],
+            "plan": self._plan(seconds),
         }
+
+    def _replicas(self) -> dict[str, Any]:
+        return {
+            "num": len(self._contexts),
+            "load_seconds": round(max((event.seconds for event in self._ready), default=0.0), 3),
+            "lost": [asdict(event) for event in self._lost],
+        }
+
+    def _plan(self, seconds: float) -> dict[str, Any] | None:
+        """What the plan said of the time, and how far off it was for as much of it as was done."""
+        if self._expected is None:
+            return None
+        return {**asdict(self._expected), "actual_seconds": round(seconds, 3)}
 
     def write(self) -> None:
         """Replace `report.json`, never leaving half of one."""
@@ -72,6 +120,25 @@ class Report:
         with refusing(self._folder):
             temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
             temporary.replace(self._folder / "report.json")
+
+
+class _Use:
+    """What one device was seen doing, summed up."""
+
+    def __init__(self) -> None:
+        self._peak_bytes = 0
+        self._num_looks = 0
+        self._utilisation_sum = 0.0
+
+    def add(self, use: DeviceUse) -> None:
+        self._peak_bytes = max(self._peak_bytes, use.used_bytes)
+        if use.utilisation is not None:
+            self._num_looks += 1
+            self._utilisation_sum += use.utilisation
+
+    def as_dict(self) -> dict[str, Any]:
+        mean = round(self._utilisation_sum / self._num_looks, 3) if self._num_looks else None
+        return {"peak_used_bytes": self._peak_bytes, "utilisation_mean": mean}
 
 
 def batch_figures(runs: Sequence[BatchRun]) -> dict[str, Any]:
@@ -93,7 +160,15 @@ def batch_figures(runs: Sequence[BatchRun]) -> dict[str, Any]:
         figures["prediction_error_p95"] = round(_quantile(errors, 0.95), 4)
         figures["budget_used_median"] = round(_quantile(used, 0.5), 4)
         figures["peak_bytes"] = max(max(run.peak_bytes) for run in measured)
+        figures["reserved_beyond_peak_p95"] = round(_quantile(list(_beyond_peak(measured)), 0.95), 4)
     return figures
+
+
+def _beyond_peak(runs: Sequence[BatchRun]) -> Iterator[float]:
+    """What the allocator held beyond its live tensors at the worst: its cache, and what is fragmented."""
+    for run in runs:
+        for reserved, peak in zip(run.reserved_bytes or run.peak_bytes, run.peak_bytes, strict=True):
+            yield reserved / peak - 1
 
 
 def _quantile(values: Sequence[float], fraction: float) -> float:
@@ -126,15 +201,6 @@ def _parse_run(line: str) -> tuple[str, BatchRun] | None:
         return (context, run) if whole else None
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def read_samples(folder: Path, context: str) -> list[PeakSample]:
-    """What earlier runs measured with the same model on the same devices."""
-    return [
-        PeakSample(run.shape, run.peak_bytes, run.out_of_memory)
-        for theirs, run in read_runs(folder)
-        if theirs == context and run.peak_bytes
-    ]
 
 
 def read_report(folder: Path) -> Mapping[str, Any] | None:

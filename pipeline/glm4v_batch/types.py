@@ -160,19 +160,79 @@ class BatchRun:
     seconds: float
     prompt_tokens: int
     completion_tokens: int
+    reserved_bytes: tuple[int, ...] = ()
+    replica: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStart:
+    """A batch that begins, by the chunk and row of each request: the suspects, should it kill its process."""
+
+    rows: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReady:
+    """A replica has loaded its model, in so many seconds; *held_bytes* is what that takes on each device."""
+
+    replica: int
+    seconds: float
+    held_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLost:
+    """A replica's process has ended by itself; *num_requests* of its requests go to another one."""
+
+    replica: int
+    reason: str
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Nothing happened for a second: whoever pulls gets the chance to do something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSize:
+    """How large a request is, before it exists: what plans are made of."""
+
+    prompt_tokens: int
+    visual_patches: int
+    new_tokens: int
+
+
+# Measured: 518 MiB for torch 2.11.0+cu130 on an H200, kernels loaded.
+_CONTEXT_BYTES = 520 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device as the run finds it.
+    """A device as the run finds it, before it holds anything there.
 
-    *index* counts as torch does, after CUDA_VISIBLE_DEVICES; None is the CPU.
+    index        counts as nvidia-smi does, after CUDA_VISIBLE_DEVICES; None is the CPU
+    uuid         how the driver names it, whatever the numbering; empty where it does not tell
+    limit_bytes  the most that the job allows itself here (`devices.memory_limit`), None: no limit
     """
 
     index: int | None
     name: str
     total_bytes: int
     free_bytes: int
+    uuid: str = ""
+    limit_bytes: int | None = None
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tensors may take: what is free beside CUDA's own context, within the job's limit."""
+        room = self.free_bytes - (0 if self.index is None else _CONTEXT_BYTES)
+        return max(0, room if self.limit_bytes is None else min(room, self.limit_bytes))
+
+    @property
+    def others_bytes(self) -> int:
+        """What other processes hold."""
+        return self.total_bytes - self.free_bytes
 
     @property
     def torch_name(self) -> str:
@@ -180,18 +240,28 @@ class Device:
         return "cpu" if self.index is None else f"cuda:{self.index}"
 
 
+Spot = int | Literal["cpu", "disk"]
+"""Where a module lies: the place of a device among its replica's devices, or host memory, or the disk."""
+
+
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One copy of the model: its devices, which module lies on which, and the weights on each."""
+    """One copy of the model: its devices, which module lies on which, and the weights on each.
+
+    *device_map* is complete: the names of modules that do not overlap, `""` for the whole model.
+    *weight_bytes* has one entry per device; *offloaded_bytes* lie in host memory or on the disk.
+    """
 
     devices: tuple[Device, ...]
-    device_map: Mapping[str, str]
+    device_map: Mapping[str, Spot]
     weight_bytes: tuple[int, ...]
+    offloaded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """All copies of the model, and why they lie so."""
+    """All copies of the model, why they lie so, and the chosen devices that no replica could use."""
 
     replicas: tuple[Replica, ...]
     reason: str
+    idle: tuple[Device, ...] = ()

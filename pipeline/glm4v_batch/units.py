@@ -1,5 +1,6 @@
 """Bytes, rates and durations as people read them. Nowhere else are numbers turned into such text."""
 
+GIB = 1024**3
 _KIB = 1024
 
 

@@ -4,19 +4,19 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 
-from glm4v_batch.engines import Engine
+from glm4v_batch.engines import Engine, EngineEvent
 from glm4v_batch.output import Output
 from glm4v_batch.parts import Part
 from glm4v_batch.plan import Plan
-from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, Record, Request, Result
+from glm4v_batch.types import Chunk, Completion, Failure, Record, Request
 
 Preprocess = Callable[[Iterable[tuple[Chunk, Record]]], Generator[Request | Failure, None, None]]
 
 
 def work(
     plan: Plan, chunks: Iterable[Chunk], preprocess: Preprocess, engine: Engine, output: Output
-) -> Generator[Part | Result | BatchRun, None, None]:
-    """Run *chunks* through the pipe; yield each result, each batch's figures, each part once durable."""
+) -> Generator[Part | EngineEvent, None, None]:
+    """Run *chunks* through the pipe; yield what the engine tells, and each part once it is durable."""
     with closing(preprocess(_records(plan, chunks, output))) as requests:
         for event in engine.run(requests):
             yield event

@@ -1,6 +1,7 @@
 """The bundled GLM-4V through the product: right answers, and the same ones whatever the batch."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from glm4v_batch.engines.generate import GenerateEngine
-from glm4v_batch.executor import open_engine
+from glm4v_batch.engines.loading import load_engine
+from glm4v_batch.executor import replica_settings
 from glm4v_batch.memory import MemoryModel, prior_coefficients
 from glm4v_batch.plan import make_plan, open_job
 from glm4v_batch.types import Completion, Request
@@ -108,21 +110,20 @@ def test_an_answer_cut_by_max_new_tokens_says_so() -> None:
     assert all(whole[c.row].startswith(c.text) and whole[c.row] != c.text for c in cut)
 
 
-def test_the_jobs_memory_settings_reach_the_engine(finished: dict[str, Path]) -> None:
-    changes = (
-        f"output.path={finished['question']}",
-        "devices.memory_fraction=0.5",
-        "batching.max_batch_size=9",
-    )
-    plan = make_plan(open_job(job_of("question", *changes)))
+def test_the_jobs_memory_settings_reach_the_engine(finished: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(finished["question"], folder)
+    next(folder.glob("part-*")).unlink()
+    changes = (f"output.path={folder}", "devices.memory_fraction=0.5", "batching.max_batch_size=9")
+    (settings,) = replica_settings(make_plan(open_job(job_of("question", *changes))))
 
-    engine = open_engine(plan)
+    engine = load_engine(settings)
 
     assert isinstance(engine, GenerateEngine)
     assert engine._memory_fraction == 0.5
     assert engine._scheduler._max_batch_size == 9
     # Its memory model has learnt from the batches that the folder remembers.
-    assert engine._memory.trust > MemoryModel([1], prior_coefficients(weights().config.to_dict(), 4)).trust
+    assert engine._memory.trust > MemoryModel([1], [prior_coefficients(weights().config.to_dict(), 4)]).trust
 
 
 def test_a_checkpoint_with_missing_or_unknown_weights_is_refused(tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ import transformers
 from transformers import AutoModelForImageTextToText, GenerationConfig, Glm4vConfig
 
 from glm4v_batch.checkpoint import ImageProcessing
+from glm4v_batch.devices import let_segments_grow
 from glm4v_batch.engines.generate import GenerateEngine, Vocabulary
 from glm4v_batch.images import normalisation_table, resized_size
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, prior_coefficients
 from glm4v_batch.meters import CudaMeter
-from glm4v_batch.placement import let_segments_grow
 from glm4v_batch.report import batch_figures
 from glm4v_batch.types import BatchRun, Completion, Failure, ModelInputs, Request
 from tests.bench.workloads import w2
@@ -76,7 +76,7 @@ def engine(model: Any, new_tokens: int) -> tuple[GenerateEngine, CudaMeter]:
         normalisation=normalisation_table(PROCESSING),
         temporal_patch_size=2,
     )
-    memory = MemoryModel(meter.held_bytes(), prior_coefficients(model.config.to_dict(), 2))
+    memory = MemoryModel(meter.held_bytes(), [prior_coefficients(model.config.to_dict(), 2)])
     settings = GenerationSettings(max_new_tokens=new_tokens)
     return GenerateEngine(model, vocabulary, settings, memory, meter, memory_fraction=0.92), meter
 

@@ -6,7 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4v_batch.engines.generate import cut_at_eos, left_padded, normalise, ran_out_of_memory
+from glm4v_batch.engines.generate import (
+    cut_at_eos,
+    input_device,
+    left_padded,
+    normalise,
+    ran_out_of_memory,
+)
+from glm4v_batch.errors import PlacementError
+from glm4v_batch.types import BatchRun, BatchStart, Completion
+from tests.cpu_meter import CpuMeter
+from tests.tiny import engine, runs, sample, weight_bytes
 
 
 def test_rows_are_padded_on_the_left_with_their_own_first_token() -> None:
@@ -47,6 +57,8 @@ def test_a_row_is_cut_at_its_first_end_token() -> None:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable"),
+        RuntimeError("CUDA driver error: out of memory"),
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried"
         ),
@@ -62,7 +74,67 @@ def test_allocation_failures_are_recognised_whatever_library_reports_them(error:
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("Expected all tensors to be on the same device"),
         RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+        RuntimeError("the size of tensor a must match the size of tensor b; out of range"),
     ],
 )
 def test_other_errors_are_never_taken_for_lack_of_memory(error: RuntimeError) -> None:
     assert not ran_out_of_memory(error)
+
+
+SHORT = "generation.max_new_tokens=2"
+MIB = 1 << 20
+
+
+def test_a_batch_is_announced_before_it_runs() -> None:
+    _, requests = sample("question")
+
+    events = list(engine("question", SHORT, max_batch_size=4).run(requests[:8]))
+
+    announced: set[tuple[str, int]] = set()
+    for event in events:
+        match event:
+            case BatchStart():
+                announced = set(event.rows)
+            case Completion():
+                assert (event.chunk_id, event.row) in announced
+    assert sum(isinstance(event, BatchStart) for event in events) == len(runs(events)) == 2
+
+
+def test_a_drained_engine_ends_after_the_batch_in_hand() -> None:
+    _, requests = sample("question")
+    tiny = engine("question", SHORT, max_batch_size=4)
+    events: list[object] = []
+
+    for event in tiny.run(requests[:64]):
+        events.append(event)
+        if isinstance(event, BatchStart):
+            tiny.drain()
+
+    assert sum(isinstance(event, Completion) for event in events) == 4
+    assert isinstance(events[-1], BatchRun)
+
+
+def test_a_neighbour_that_takes_all_memory_stops_the_run_instead_of_failing_its_records() -> None:
+    class Crowded(CpuMeter):
+        """There is room at first; when the batch runs another process has taken it."""
+
+        told_bytes = weight_bytes() + 100 * MIB
+
+        def limit_bytes(self) -> tuple[int, ...]:
+            limit, self.told_bytes = self.told_bytes, self.cap_bytes
+            return (limit,)
+
+    meter = Crowded(weight_bytes(), weight_bytes() + MIB // 4)
+    _, requests = sample("question")
+
+    with pytest.raises(PlacementError, match=r"of the 100\.00 MiB for batches, 256\.00 KiB are left"):
+        list(engine("question", SHORT, meter=meter, memory_fraction=1.0).run(requests[:1]))
+
+
+def test_requests_enter_through_the_lowest_card_of_the_map() -> None:
+    class Spread:
+        def __init__(self) -> None:
+            self.hf_device_map = {"a": torch.device("cuda:1"), "b": torch.device("cuda:0"), "c": "cpu"}
+
+    assert input_device(Spread()) == torch.device("cuda:0")

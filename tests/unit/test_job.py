@@ -76,8 +76,15 @@ def test_a_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
             "repetition_penalty": 1.0,
             "seed": 0,
         },
-        "devices": {"use": "all", "layout": "auto", "gpus_per_replica": "auto", "memory_fraction": 0.92},
-        "batching": {"engine": "auto", "max_batch_size": None, "echo_seconds": 0.0},
+        "devices": {
+            "use": "all",
+            "layout": "auto",
+            "gpus_per_replica": "auto",
+            "memory_fraction": 0.92,
+            "memory_limit_gib": None,
+            "offload": "none",
+        },
+        "batching": {"engine": "auto", "max_batch_size": None, "echo_seconds": 0.0, "echo_replicas": 0},
         "output": {"path": "out/caption", "rows_per_part": 128, "columns": []},
     }
     json.dumps(job.as_dict())
@@ -203,19 +210,39 @@ def test_each_mistake_is_told_in_the_users_words(tmp_path: Path, old: str, new: 
         ("generation: 5", "generation must be a section of settings, not 5"),
         ("devices: {memory_fraction: 0}", "devices.memory_fraction must be more than 0, not 0"),
         ("devices: {memory_fraction: 1.1}", "devices.memory_fraction must be 1 or less, not 1.1"),
-        ("devices: {layout: balanced}", "devices.layout must be auto in this version, not balanced"),
-        ("devices: {gpus_per_replica: 2}", "devices.gpus_per_replica must be auto in this version, not 2"),
+        (
+            "devices: {layout: sharded}",
+            (
+                "devices.layout must be auto, replicas, balanced, balanced_low_0, sequential or "
+                "a map of module names to GPU numbers, not sharded"
+            ),
+        ),
+        (
+            "devices: {layout: {model.visual: gpu}}",
+            "devices.layout puts model.visual on gpu: a module's name goes with a GPU number, cpu or disk",
+        ),
+        (
+            "devices: {layout: {model.visual: 0}, gpus_per_replica: 2}",
+            "devices.gpus_per_replica has no effect where devices.layout is a map: leave it out",
+        ),
+        (
+            "devices: {gpus_per_replica: 0}",
+            "devices.gpus_per_replica must be auto or a number of GPUs, not 0",
+        ),
         (
             "devices: {use: gpu}",
-            "devices.use must be all, cpu or a GPU number such as [0], not gpu",
+            "devices.use must be all, cpu or GPU numbers such as [0, 2], not gpu",
         ),
         (
             "devices: {use: []}",
-            "devices.use must be all, cpu or a GPU number such as [0], not a list",
+            "devices.use must be all, cpu or GPU numbers such as [0, 2], not a list",
         ),
+        ("devices: {use: [0, 0]}", "devices.use names GPU 0 twice"),
+        ("devices: {memory_limit_gib: 0}", "devices.memory_limit_gib must be more than 0, not 0"),
+        ("devices: {offload: ram}", "devices.offload must be none, cpu or disk in this version, not ram"),
         (
-            "devices: {use: [0, 0]}",
-            "devices.use names 2 GPUs, and this version runs on one: name one, or leave it at all",
+            "batching: {echo_replicas: 2}",
+            "batching.echo_replicas has an effect only with batching.engine: echo",
         ),
         (
             "batching: {engine: packed}",
@@ -344,7 +371,7 @@ def test_overrides_read_what_yaml_writes(scalar: object) -> None:
         ('prompt.user="5"', "prompt", "user", "5"),
         ("prompt.system=null", "prompt", "system", None),
         ("output.columns=[title, 'b c']", "output", "columns", ("title", "b c")),
-        ("devices.use=[1]", "devices", "use", (1,)),
+        ("devices.use=[1, 3]", "devices", "use", (1, 3)),
         ("devices.use=cpu", "devices", "use", "cpu"),
     ],
 )

@@ -1,50 +1,410 @@
-"""Where the model goes, and what is measured there."""
+"""Where the copies of the model go, why, and what is said where they cannot go anywhere."""
 
-import numpy as np
+import time
+from typing import Any
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from glm4v_batch.errors import PlacementError
-from glm4v_batch.meters import HostMeter, meter_for
-from glm4v_batch.placement import find_devices, place
-from glm4v_batch.types import Device
+from glm4v_batch.device_map import is_within, spots_of
+from glm4v_batch.errors import JobError, PlacementError
+from glm4v_batch.job import DeviceSettings
+from glm4v_batch.memory import MemoryModel
+from glm4v_batch.needs import ModelNeeds
+from glm4v_batch.packing import batch_of
+from glm4v_batch.placement import expected_batch_size, place, priors, shares, standing_bytes
+from glm4v_batch.types import BatchShape, Device, Placement, Replica, RequestSize, Spot
+from tests.cards import GIB, TYPICAL, WORST, cpu, glm_41v, gpu, gpus, needs_of
 
-GIB = 1 << 30
-SMALL, LARGE = Device(0, "small", 24 * GIB, 10 * GIB), Device(1, "large", 24 * GIB, 23 * GIB)
+LARGE = needs_of(layers=46, layer_bytes=4 * GIB, blocks=24)
+"""As heavy as GLM-4.5V: 190 GiB."""
 
 
-def test_the_device_with_the_most_free_memory_is_chosen() -> None:
-    placement = place([SMALL, LARGE], 5 * GIB, 0.9)
+def placed(
+    devices: list[Device], needs: ModelNeeds | None = None, *, host: Device | None = None, **layout: Any
+) -> Placement:
+    return place(devices, needs or glm_41v(), DeviceSettings(**layout), WORST, TYPICAL, host)
+
+
+def refusal(devices: list[Device], needs: ModelNeeds | None = None, **layout: Any) -> PlacementError:
+    with pytest.raises(PlacementError) as caught:
+        placed(devices, needs, **layout)
+    return caught.value
+
+
+def indices(placement: Placement) -> list[list[int | None]]:
+    return [[device.index for device in replica.devices] for replica in placement.replicas]
+
+
+def peaks(replica: Replica, needs: ModelNeeds, shape: BatchShape) -> tuple[int, ...]:
+    return MemoryModel(standing_bytes(replica, needs), priors(replica, needs)).predict(shape)
+
+
+# One copy or several
+
+
+def test_a_card_that_holds_the_model_gets_a_copy_for_itself() -> None:
+    placement = placed(gpus(24, 24, 24, 24))
+
+    assert indices(placement) == [[0], [1], [2], [3]]
+    assert all(replica.device_map == {"": 0} for replica in placement.replicas)
+    assert placement.reason == (
+        "4 replicas, one per GPU: 19.17 GiB of weights and the largest request (1.62 GiB) fit on each"
+    )
+
+
+def test_the_fewest_cards_that_hold_a_copy_share_it() -> None:
+    placement = placed(gpus(80, 80, 80, 80, 80, 80), LARGE)
+
+    assert indices(placement) == [[0, 1, 2], [3, 4, 5]]
+    assert "2 replicas over 3 GPUs each, balanced by predicted peaks: layers" in placement.reason
+
+
+def test_cards_left_over_join_copies_that_are_spread_anyway() -> None:
+    placement = placed(gpus(80, 80, 80, 80, 80, 80, 80, 80), LARGE)
+
+    assert indices(placement) == [[0, 1, 2, 6], [3, 4, 5, 7]]
+    assert not placement.idle
+
+
+def test_a_card_too_small_for_a_copy_is_idle_beside_cards_that_hold_one_each() -> None:
+    placement = placed(gpus(8, 24, 24))
+
+    assert indices(placement) == [[1], [2]]
+    assert [device.index for device in placement.idle] == [0]
+    assert placement.reason.endswith("; GPU 0 idle, without room for another replica")
+
+
+def test_cards_of_different_sizes_are_grouped_from_the_largest() -> None:
+    placement = placed(gpus(12, 80, 16))
+
+    assert indices(placement) == [[1], [0, 2]]
+    assert placement.reason.startswith("2 replicas (1 on 1 GPU, 1 on 2 GPUs), balanced")
+
+
+def test_what_others_hold_and_the_jobs_limit_count() -> None:
+    held_by_others = placed([gpu(0, 24, free=12), gpu(1, 24)])
+    limited = placed([gpu(0, 80, limit=12), gpu(1, 80, limit=24)])
+
+    assert indices(held_by_others) == indices(limited) == [[1]]
+
+
+def test_the_cpu_gets_one_copy() -> None:
+    placement = placed([cpu(free=32)])
 
     (replica,) = placement.replicas
-    assert replica.devices == (LARGE,)
-    assert replica.device_map == {"": "cuda:1"}
-    assert "freest of 2 GPUs" in placement.reason
+    assert replica.devices[0].index is None
+    assert replica.device_map == {"": 0}
+    assert placement.reason.startswith("1 replica, on the CPU: 19.17 GiB of weights")
 
 
-def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
-    with pytest.raises(PlacementError, match=r"needs 21\.00 GiB.*cuda:1 \(large\) has 20\.70 GiB"):
-        place([SMALL, LARGE], 21 * GIB, 0.9)
+# Layouts of the job
 
 
-def test_the_cpu_is_found_where_it_is_asked_for() -> None:
-    (device,) = find_devices("cpu")
+def test_replicas_takes_every_card_or_none() -> None:
+    error = refusal(gpus(24, 24, 12), layout="replicas")
 
-    assert device.torch_name == "cpu"
-    assert 0 < device.free_bytes <= device.total_bytes
-    assert isinstance(meter_for(device), HostMeter)
+    assert "does not fit on GPU 2" in str(error)
+    assert "leave devices.layout and devices.gpus_per_replica at auto" in error.hint
 
 
-def test_the_host_meter_sees_a_peak_that_is_gone_again() -> None:
-    meter = HostMeter()
-    (before,) = meter.held_bytes()
+def test_as_many_cards_share_a_copy_as_the_job_says() -> None:
+    placement = placed(gpus(24, 24, 24, 24), layout="replicas", gpus_per_replica=2)
 
-    with meter.watch():
-        np.ones(200 << 20, np.uint8)
+    assert indices(placement) == [[0, 1], [2, 3]]
 
-    (peak,) = meter.peak_bytes()
-    (limit,) = meter.limit_bytes()
-    assert before + (190 << 20) < peak < before + (400 << 20)
-    assert limit > peak
-    with meter.watch():
-        pass
-    assert meter.peak_bytes()[0] < peak - (100 << 20)
+
+def test_cards_that_no_full_group_is_left_for_are_idle_only_in_auto() -> None:
+    placement = placed(gpus(24, 24, 24), gpus_per_replica=2)
+    error = refusal(gpus(24, 24, 24), layout="balanced", gpus_per_replica=2)
+
+    assert indices(placement) == [[0, 1]]
+    assert "GPU 2 idle" in placement.reason
+    assert "devices.gpus_per_replica is 2, and 3 GPUs cannot be divided so" in str(error)
+
+
+def test_more_cards_per_copy_than_there_are_is_refused() -> None:
+    assert "is 4, and 3 GPUs" in str(refusal(gpus(24, 24, 24), gpus_per_replica=4))
+
+
+@pytest.mark.parametrize("gib", [12, 16])
+def test_balanced_fills_all_cards_alike_where_accelerate_balances_weights_alone(gib: int) -> None:
+    needs, devices = glm_41v(), gpus(gib, gib, gib, gib)
+    theirs = balanced_by_accelerate(needs, devices)
+
+    placement = placed(devices, layout="balanced")
+
+    (ours,) = placement.replicas
+    batch_sizes = [expected_batch_size(replica, needs, TYPICAL, 0.92) for replica in (ours, theirs)]
+    our_peaks, their_peaks = (
+        peaks(replica, needs, batch_of(TYPICAL, size))
+        for replica, size in zip((ours, theirs), batch_sizes, strict=True)
+    )
+    assert len(ours.devices) == 4
+    assert max(our_peaks) < 1.05 * min(our_peaks)
+    assert max(their_peaks) > 1.12 * min(their_peaks)
+    assert batch_sizes[0] > 1.1 * batch_sizes[1]
+    assert "1 replica over 4 GPUs, balanced by predicted peaks: layers" in placement.reason
+    assert sum(share.layers * 40 for share in shares(ours, needs)[:1]) <= 2
+
+
+def balanced_by_accelerate(needs: ModelNeeds, devices: list[Device]) -> Replica:
+    """What `device_map: balanced` of transformers makes of GLM-4.1V-9B."""
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    from tests.families import full_size_model
+
+    model = full_size_model("glm4v")
+    classes = list(model._no_split_modules)
+    free = {device.index: int(0.9 * device.free_bytes) for device in devices}
+    memory = get_balanced_memory(model, max_memory=free, no_split_module_classes=classes)
+    theirs = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=classes)
+    # They may part the merger, which has no blocks; here it lies where its first part does.
+    spots: dict[str, Spot] = {
+        module.name: next(
+            s for key, s in theirs.items() if is_within(module.name, key) or is_within(key, module.name)
+        )
+        for module in needs.modules
+    }
+    held = [sum(m.weight_bytes for m in needs.modules if spots[m.name] == d.index) for d in devices]
+    return Replica(tuple(devices), spots, tuple(held))
+
+
+def test_balanced_low_0_leaves_the_first_card_as_empty_as_possible() -> None:
+    roomy = placed(gpus(24, 24, 24), layout="balanced_low_0")
+    tight = placed(gpus(12, 10, 10), layout="balanced_low_0")
+
+    assert indices(roomy) == [[1, 2]]
+    assert "GPU 0 idle" in roomy.reason
+    (replica,) = tight.replicas
+    assert len(replica.devices) == 3
+    assert replica.weight_bytes[0] < min(replica.weight_bytes[1:])
+
+
+def test_sequential_fills_the_cards_in_their_order() -> None:
+    placement = placed(gpus(12, 24, 24), layout="sequential")
+
+    (replica,) = placement.replicas
+    assert [device.index for device in replica.devices] == [0, 1]
+    first = replica.devices[0].usable_bytes
+    assert peaks(replica, glm_41v(), batch_of(WORST))[0] > 0.95 * 0.92 * first
+    assert "filled one after the other" in placement.reason
+
+
+def test_a_map_of_the_job_is_followed_and_counted_from_where_the_model_begins() -> None:
+    layout = {"model.visual": 3, "model.language_model": 1, "lm_head": 3}
+
+    placement = placed(gpus(24, 24, 24, 24), layout=layout)
+
+    (replica,) = placement.replicas
+    assert [device.index for device in replica.devices] == [3, 1]
+    assert replica.device_map == {"model.visual": 0, "model.language_model": 1, "lm_head": 0}
+    assert sum(replica.weight_bytes) == glm_41v().weight_bytes
+    assert [device.index for device in placement.idle] == [0, 2]
+    assert "as devices.layout says" in placement.reason
+
+
+def test_a_map_that_is_wrong_is_the_jobs_mistake() -> None:
+    with pytest.raises(JobError, match="GPU 4, which is not among those chosen"):
+        placed(gpus(24, 24), layout={"model.visual": 4, "model.language_model": 0, "lm_head": 1})
+
+
+def test_a_map_that_overfills_a_card_is_refused_with_what_it_would_take() -> None:
+    error = refusal(gpus(12, 24), layout={"model.visual": 1, "model.language_model": 0, "lm_head": 1})
+
+    assert "leaves a GPU without room" in str(error)
+    assert "GPU 0 (NVIDIA RTX): 12.00 GiB; may hold 10.57 GiB" in str(error)
+    assert "would take 17.7" in str(error)
+
+
+@pytest.mark.parametrize("layout", [{"layout": "balanced"}, {"gpus_per_replica": 2}, {"layout": {"": 0}}])
+def test_layouts_of_gpus_are_refused_on_the_cpu(layout: dict[str, Any]) -> None:
+    assert "runs on the CPU" in str(refusal([cpu(free=32)], **layout))
+
+
+# Offloading
+
+
+def test_layers_without_room_go_to_host_memory_from_the_end_if_the_job_allows_it() -> None:
+    needs = glm_41v()
+
+    placement = placed(gpus(12), offload="cpu", host=cpu(free=64))
+
+    (replica,) = placement.replicas
+    spots = spots_of(replica.device_map, needs)
+    away = [module.layer for module in needs.modules if spots[module.name] == "cpu"]
+    assert away == list(range(40 - len(away), 40))
+    assert 8 * GIB < replica.offloaded_bytes < 12 * GIB
+    assert replica.offloaded_bytes + sum(replica.weight_bytes) == needs.weight_bytes
+    assert peaks(replica, needs, batch_of(WORST))[0] <= 0.92 * 12 * GIB
+    assert (
+        "GiB of weights lie in host memory and are fetched for every token, which is slow" in placement.reason
+    )
+
+
+def test_nothing_is_offloaded_that_has_room() -> None:
+    placement = placed(gpus(12, 12, 12), offload="cpu", host=cpu(free=64))
+
+    assert [replica.offloaded_bytes for replica in placement.replicas] == [0]
+
+
+def test_the_disk_takes_what_host_memory_would_not() -> None:
+    error = refusal(gpus(12), offload="cpu", host=cpu(free=8))
+    placement = placed(gpus(12), offload="disk", host=cpu(free=8))
+
+    assert "does not fit on GPU 0" in str(error)
+    assert "on the disk" in placement.reason
+
+
+def test_copies_share_the_host_memory_that_they_offload_to() -> None:
+    placement = placed(gpus(12, 12), layout="replicas", offload="cpu", host=cpu(free=24))
+    error = refusal(gpus(12, 12), layout="replicas", offload="cpu", host=cpu(free=16))
+
+    assert [replica.offloaded_bytes > 8 * GIB for replica in placement.replicas] == [True, True]
+    assert "does not fit on GPU 0" in str(error)
+
+
+def test_a_map_cannot_put_more_into_host_memory_than_there_is_room_for() -> None:
+    layout = {"model.visual": 0, "model.language_model": "cpu", "lm_head": 0}
+
+    error = refusal(gpus(24), layout=layout, host=cpu(free=8))
+
+    assert "puts 16.35 GiB of weights into host memory, which has room for 7.36 GiB" in str(error)
+
+
+def test_the_first_device_runs_what_lies_elsewhere_and_keeps_its_cache() -> None:
+    needs = glm_41v()
+
+    (replica,) = placed(gpus(12), offload="disk").replicas
+
+    (share,) = shares(replica, needs)
+    assert share.layers == 1
+    assert standing_bytes(replica, needs)[0] > replica.weight_bytes[0]
+
+
+# Shares
+
+
+def test_each_device_has_its_share_of_the_work() -> None:
+    needs = glm_41v()
+    layout = {"model.visual": 1, "model.language_model": 0, "lm_head": 1}
+
+    (replica,) = placed(gpus(24, 24), layout=layout).replicas
+
+    first, second = shares(replica, needs)
+    assert (first.takes_inputs, first.has_vision, first.layers, first.has_head) == (True, True, 0, True)
+    assert (second.takes_inputs, second.has_vision, second.layers, second.has_head) == (
+        False,
+        False,
+        1,
+        False,
+    )
+
+
+# Refusals
+
+
+def test_a_model_without_room_is_refused_with_all_numbers() -> None:
+    error = refusal([gpu(0, 24, free=20, limit=10), gpu(1, 24, free=6)])
+
+    assert str(error).startswith(
+        "The model does not fit on GPUs 0 and 1: it takes 19.17 GiB for its weights, and beside them "
+        "1.62 GiB for the largest request (6,250 prompt tokens, 24,576 patches, 128 new tokens)."
+    )
+    assert (
+        "  GPU 0 (NVIDIA RTX): 24.00 GiB, 4.00 GiB of it held by others, limited to 10.00 GiB; "
+        "may hold 9.20 GiB (devices.memory_fraction: 0.92)"
+    ) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("devices", "remedy"),
+    [
+        (gpus(80, 80), "use 3 GPUs with 80.00 GiB each"),
+        ([gpu(index, 80, limit=60) for index in range(3)], "raise devices.memory_limit_gib"),
+        ([gpu(index, 80, free=60) for index in range(3)], "free the memory that others hold"),
+        (gpus(80, 80), "use a version of the model in 8 bits"),
+        (gpus(80, 80), "set devices.offload: cpu, which is much slower"),
+    ],
+)
+def test_a_refusal_says_what_would_do(devices: list[Device], remedy: str) -> None:
+    assert remedy in refusal(devices, LARGE).hint
+
+
+def test_a_smaller_limit_of_pixels_is_computed_and_would_do() -> None:
+    needs = glm_41v()
+    devices = gpus(22)
+    pixels = int(refusal(devices).hint.split("lower images.max_pixels to ")[1].split(";")[0])
+
+    tokens = pixels // needs.pixels_per_token
+    smaller = RequestSize(WORST.prompt_tokens - 6144 + tokens, 4 * tokens, WORST.new_tokens)
+    placement = place(devices, needs, DeviceSettings(), smaller, TYPICAL)
+
+    assert 1_000_000 < pixels < 4_800_000
+    assert len(placement.replicas) == 1
+
+
+def test_bfloat16_is_proposed_where_float32_is_what_has_no_room() -> None:
+    needs = needs_of(layers=40, layer_bytes=800 << 20, bytes_per_value=4)
+
+    assert "set model.dtype: bfloat16" in refusal(gpus(24), needs).hint
+
+
+def test_a_quantised_model_is_not_told_to_be_quantised() -> None:
+    needs = needs_of(layers=46, layer_bytes=4 * GIB, quantization_config={"quant_method": "fp8"})
+
+    assert "8 bits" not in refusal(gpus(80, 80), needs).hint
+
+
+# Batches
+
+
+def test_the_expected_batch_is_the_largest_that_the_engines_own_model_lets_in() -> None:
+    needs = glm_41v()
+    (replica,) = placed(gpus(24)).replicas
+
+    size = expected_batch_size(replica, needs, TYPICAL, 0.92)
+
+    memory = MemoryModel(replica.weight_bytes, priors(replica, needs))
+    memory.trust = 1.0
+    budget = [int(0.92 * replica.devices[0].usable_bytes)]
+    assert memory.fits(batch_of(TYPICAL, size), budget)
+    assert not memory.fits(batch_of(TYPICAL, size + 1), budget)
+
+
+def test_laying_94_layers_over_8_cards_takes_no_time_to_speak_of() -> None:
+    needs = needs_of(layers=94, layer_bytes=2 * GIB, blocks=24)
+
+    started = time.process_time()
+    placement = placed(gpus(*[40] * 8), needs)
+
+    assert time.process_time() - started < 2
+    assert len(placement.replicas) == 1
+
+
+@settings(max_examples=60)
+@given(
+    cards=st.lists(st.integers(0, 48), min_size=1, max_size=8),
+    layers=st.integers(1, 12),
+    layer_bytes=st.integers(1 << 20, 4 * GIB),
+    layout=st.sampled_from(["auto", "replicas", "balanced", "balanced_low_0", "sequential"]),
+)
+def test_what_is_placed_has_room_and_shares_no_card(
+    cards: list[int], layers: int, layer_bytes: int, layout: str
+) -> None:
+    needs, devices = needs_of(layers=layers, layer_bytes=layer_bytes), gpus(*cards)
+    try:
+        placement = placed(devices, needs, layout=layout)
+    except PlacementError:
+        return
+
+    used = [device for replica in placement.replicas for device in replica.devices]
+    assert sorted([*used, *placement.idle], key=devices.index) == devices
+    for replica in placement.replicas:
+        spots = spots_of(replica.device_map, needs)
+        assert list(spots.values()) == sorted(spots.values(), key=str)
+        assert sum(replica.weight_bytes) == needs.weight_bytes
+        for device, peak in zip(replica.devices, peaks(replica, needs, batch_of(WORST)), strict=True):
+            assert peak <= 0.92 * device.free_bytes

@@ -39,15 +39,20 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "generation.repetition_penalty": (1.5, True),
     "generation.seed": (5, True),
     "devices.use": ("cpu", False),
+    "devices.layout": ("balanced", False),
+    "devices.gpus_per_replica": (2, False),
     "devices.memory_fraction": (0.5, False),
+    "devices.memory_limit_gib": (24.0, False),
+    "devices.offload": ("cpu", False),
     "batching.engine": ("echo", True),
     "batching.max_batch_size": (5, False),
     "batching.echo_seconds": (1.0, False),
+    "batching.echo_replicas": (2, False),
     "output.path": ("other", False),
     "output.rows_per_part": (5, False),
     "output.columns": (("title",), True),
 }
-ONLY_ONE_VALUE = {"source.kind", "devices.layout", "devices.gpus_per_replica"}
+ONLY_ONE_VALUE = {"source.kind"}
 
 
 @pytest.fixture

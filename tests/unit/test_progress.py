@@ -31,7 +31,7 @@ def test_a_terminal_gets_a_bar_with_the_failures(tmp_path: Path, make_source: Ma
         outcome = shown.follow(events(tmp_path, make_source))
 
     assert "50/50" in stream.getvalue()
-    assert "failed=1" in stream.getvalue()
+    assert "1 failed" in stream.getvalue()
     assert outcome.num_failed == 1
 
 

@@ -1,13 +1,16 @@
 """Figures of a run, and what the next run learns from them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from glm4v_batch.devices import DeviceUse
 from glm4v_batch.parts import STATE_FOLDER
-from glm4v_batch.report import Report, batch_figures, read_report, read_runs, read_samples
-from glm4v_batch.types import BatchRun, Chunk
+from glm4v_batch.report import Report, batch_figures, read_report, read_runs
+from glm4v_batch.speed import TimeEstimate
+from glm4v_batch.types import BatchRun, Chunk, ReplicaLost, ReplicaReady
 from tests.builders import completion, failure, shape
 
 CHUNK = Chunk("a.parquet", 0, 10)
@@ -24,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_report_counts_answers_and_failures_by_code(folder: Path) -> None:
-    report = Report(folder, "model on cpu")
+    report = Report(folder, ["model on cpu"])
     for result in (
         completion(0, CHUNK),
         failure(1, CHUNK),
@@ -43,22 +46,58 @@ def test_a_report_counts_answers_and_failures_by_code(folder: Path) -> None:
 
 
 def test_batches_are_read_back_as_they_were(folder: Path) -> None:
-    report = Report(folder, "model on cpu")
+    report = Report(folder, ["model on cpu"])
     report.add_batch(batch())
     report.add_batch(batch(out_of_memory=True))
 
     assert [run for _, run in read_runs(folder)] == [batch(), batch(out_of_memory=True)]
 
 
-def test_samples_of_another_model_or_device_do_not_count(folder: Path) -> None:
-    Report(folder, "model on cpu").add_batch(batch(peak=1))
-    Report(folder, "model on cuda:0").add_batch(batch(peak=2))
+def test_each_batch_is_kept_under_the_context_of_its_replica(folder: Path) -> None:
+    report = Report(folder, ["model on a large card", "model on a small card"])
 
-    assert [sample.peak_bytes for sample in read_samples(folder, "model on cuda:0")] == [(2,)]
+    report.add_batch(batch(peak=1))
+    report.add_batch(replace(batch(peak=2), replica=1))
+
+    assert [(context, run.peak_bytes) for context, run in read_runs(folder)] == [
+        ("model on a large card", (1,)),
+        ("model on a small card", (2,)),
+    ]
+
+
+def test_lines_of_an_earlier_version_are_still_read(folder: Path) -> None:
+    Report(folder, ["c"]).add_batch(batch())
+    path = folder / STATE_FOLDER / "batches.jsonl"
+    line = json.loads(path.read_text())
+    del line["replica"], line["reserved_bytes"]
+
+    path.write_text(json.dumps(line) + "\n")
+
+    assert list(read_runs(folder)) == [("c", batch())]
+
+
+def test_a_report_tells_of_replicas_devices_and_the_plan(folder: Path) -> None:
+    report = Report(folder, ["c", "c"], TimeEstimate(60.0, 30.0, 120.0, is_measured=False))
+    report.add_replica(ReplicaReady(0, 12.5, (100,)))
+    report.add_replica(ReplicaReady(1, 14.25, (100,)))
+    report.add_replica(ReplicaLost(1, "its process died: signal 9", 3))
+
+    report.add_uses([DeviceUse(0, 70, 100, 0.5), DeviceUse(1, 10, 100, None)])
+    report.add_uses([DeviceUse(0, 80, 100, 1.0)])
+
+    told = report.as_dict()
+    assert told["replicas"]["load_seconds"] == 14.25
+    assert [loss["reason"] for loss in told["replicas"]["lost"]] == ["its process died: signal 9"]
+    assert told["devices"] == [
+        {"index": 0, "peak_used_bytes": 80, "utilisation_mean": 0.75},
+        {"index": 1, "peak_used_bytes": 10, "utilisation_mean": None},
+    ]
+    assert told["plan"]["seconds"] == 60.0
+    assert told["plan"]["actual_seconds"] >= 0
 
 
 def test_a_line_that_a_crash_cut_short_is_passed_over(folder: Path) -> None:
-    Report(folder, "c").add_batch(batch())
+    Report(folder, ["c"]).add_batch(batch())
     path = folder / STATE_FOLDER / "batches.jsonl"
     whole = path.read_text()
 
@@ -76,6 +115,12 @@ def test_figures_compare_predicted_and_measured_peaks() -> None:
     assert figures["out_of_memory"] == 1
     assert figures["prediction_error_p95"] == 0.5
     assert figures["budget_used_median"] == 0.5
+
+
+def test_figures_tell_what_the_allocator_held_beyond_the_peak() -> None:
+    runs = [replace(batch(peak=100), reserved_bytes=(130,))]
+
+    assert batch_figures(runs)["reserved_beyond_peak_p95"] == 0.3
 
 
 def test_a_missing_or_broken_report_is_none(folder: Path) -> None:

@@ -16,7 +16,7 @@ PER_TOKEN = np.array([[0.0, 1.0, 0.0, 0.0, 0.0]])
 
 
 def scheduler(max_batch_size: int | None = None) -> tuple[Scheduler, MemoryModel]:
-    memory = MemoryModel([0], PER_TOKEN)
+    memory = MemoryModel([0], [PER_TOKEN])
     memory.trust = 1.0
     memory.margin = 0.0
     return Scheduler(memory, max_batch_size), memory

@@ -3,10 +3,12 @@
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
+from glm4v_batch.engines import EngineEvent
 from glm4v_batch.scheduler import batch_shape
-from glm4v_batch.types import BatchRun, Completion, Failure, Request, Result
+from glm4v_batch.types import BatchRun, BatchStart, Completion, Failure, Request
 
 
 class EchoEngine:
@@ -15,12 +17,23 @@ class EchoEngine:
     def __init__(self, batch_size: int = 64, batch_seconds: float = 0.0) -> None:
         self._batch_size = batch_size
         self._batch_seconds = batch_seconds
+        self._is_draining = False
 
-    def run(self, items: Iterable[Request | Failure]) -> Iterator[Result | BatchRun]:
+    def drain(self) -> None:
+        """See `Engine.drain`."""
+        self._is_draining = True
+
+    def held_bytes(self) -> tuple[int, ...]:
+        """Nothing."""
+        return ()
+
+    def run(self, items: Iterable[Request | Failure]) -> Iterator[EngineEvent]:
         """See `Engine.run`; the order is kept."""
         iterator = iter(items)
-        while batch := list(islice(iterator, self._batch_size)):
+        while not self._is_draining and (batch := list(islice(iterator, self._batch_size))):
             requests = [item for item in batch if isinstance(item, Request)]
+            if requests:
+                yield BatchStart(tuple((r.chunk_id, r.row) for r in requests))
             if requests and self._batch_seconds:
                 time.sleep(self._batch_seconds)  # stands for a model's work
             yield from (_echo(item) if isinstance(item, Request) else item for item in batch)
@@ -38,6 +51,19 @@ class EchoEngine:
             prompt_tokens=sum(r.prompt_tokens for r in requests),
             completion_tokens=len(requests),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class EchoSettings:
+    """What an echo engine is made of."""
+
+    batch_size: int = 64
+    batch_seconds: float = 0.0
+
+
+def load_echo(settings: EchoSettings) -> EchoEngine:
+    """The engine of *settings*, for a replica's process."""
+    return EchoEngine(settings.batch_size, settings.batch_seconds)
 
 
 def _echo(request: Request) -> Completion:

@@ -21,16 +21,29 @@ from transformers import (
 )
 
 from glm4v_batch.checkpoint import Checkpoint
+from glm4v_batch.engines import EngineEvent
+from glm4v_batch.errors import PlacementError
 from glm4v_batch.images import normalisation_table
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, Meter
 from glm4v_batch.oom import run_or_split
 from glm4v_batch.sampling import SeededGumbel, row_seed
 from glm4v_batch.scheduler import Scheduler, batch_shape
-from glm4v_batch.types import BatchRun, Completion, Failure, FinishReason, PeakSample, Request, Result
+from glm4v_batch.types import BatchRun, BatchStart, Completion, Failure, FinishReason, PeakSample, Request
+from glm4v_batch.units import format_bytes
 
-# What CUDA's libraries say when their own allocation fails: a RuntimeError, not torch's OOM.
-_DISGUISED = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+# What CUDA and its libraries say when an allocation of their own fails: a RuntimeError, not torch's OOM.
+_DISGUISED = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "HIP out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+# Below this part of the room that there was at first, a request alone fails for the neighbours' sake.
+_CROWDED_FRACTION = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +92,37 @@ class GenerateEngine:
         self._meter = meter
         self._memory_fraction = memory_fraction
         self._scheduler = Scheduler(memory, max_batch_size)
-        self._table = torch.from_numpy(vocabulary.normalisation).to(model.device)
+        self._device = input_device(model)
+        self._table = torch.from_numpy(vocabulary.normalisation).to(self._device)
         self._runs: list[BatchRun] = []
+        self._room_bytes = self._room()
+        self._is_draining = False
 
-    def run(self, items: Iterable[Request | Failure]) -> Iterator[Result | BatchRun]:
-        """See `Engine.run`."""
+    def drain(self) -> None:
+        """See `Engine.drain`."""
+        self._is_draining = True
+
+    def held_bytes(self) -> tuple[int, ...]:
+        """See `Engine.held_bytes`."""
+        return self._meter.held_bytes()
+
+    def run(self, items: Iterable[Request | Failure]) -> Iterator[EngineEvent]:
+        """See `Engine.run`. Raises PlacementError where other processes leave no room at all."""
         for item in items:
             if isinstance(item, Failure):
                 yield item
                 continue
             self._scheduler.add(item)
-            while self._scheduler.is_full:
+            while self._scheduler.is_full and not self._is_draining:
                 yield from self._run_next()
-        while self._scheduler:
+        while self._scheduler and not self._is_draining:
             yield from self._run_next()
 
-    def _run_next(self) -> Iterator[Result | BatchRun]:
-        batch = self._scheduler.next_batch(self._budget_bytes())
+    def _run_next(self) -> Iterator[EngineEvent]:
+        budget = self._budget_bytes()
+        self._meter.trim(budget)
+        batch = self._scheduler.next_batch(budget)
+        yield BatchStart(tuple((r.chunk_id, r.row) for r in batch))
         yield from run_or_split(batch, self._attempt)
         yield from self._runs
         self._runs.clear()
@@ -111,9 +138,12 @@ class GenerateEngine:
             completions = self._generate_or_none(batch)
         seconds = time.perf_counter() - started
         peak = self._meter.peak_bytes()
+        reserved = self._meter.reserved_bytes()
         if completions is None:
             gc.collect()
             self._meter.free()
+            if len(batch) == 1:
+                self._refuse_crowded_devices()
         self._memory.observe(PeakSample(shape, peak, out_of_memory=completions is None))
         self._runs.append(
             BatchRun(
@@ -125,9 +155,25 @@ class GenerateEngine:
                 seconds=seconds,
                 prompt_tokens=sum(r.prompt_tokens for r in batch),
                 completion_tokens=sum(c.completion_tokens for c in completions or ()),
+                reserved_bytes=reserved,
             )
         )
         return completions
+
+    def _room(self) -> tuple[int, ...]:
+        held = self._meter.held_bytes()
+        return tuple(budget - weights for budget, weights in zip(self._budget_bytes(), held, strict=True))
+
+    def _refuse_crowded_devices(self) -> None:
+        # That a record fails because a neighbour took the card is not the record's fault.
+        for place, (room, first) in enumerate(zip(self._room(), self._room_bytes, strict=True)):
+            if room < _CROWDED_FRACTION * first:
+                raise PlacementError(
+                    f"Other processes have taken a GPU's memory while the run used it: of the "
+                    f"{format_bytes(first)} for batches, {format_bytes(max(room, 0))} are left "
+                    f"(device {place} of the replica).",
+                    hint="What is committed is safe. Free the GPU, then run the same command again.",
+                )
 
     def _generate_or_none(self, batch: Sequence[Request]) -> Sequence[Completion] | None:
         try:
@@ -151,7 +197,7 @@ class GenerateEngine:
         return tokens
 
     def _inputs(self, batch: Sequence[Request]) -> dict[str, Tensor]:
-        device = self._model.device
+        device = self._device
         ids_BT, mask_BT = left_padded([r.inputs.input_ids for r in batch])
         inputs = {
             "input_ids": ids_BT.to(device),
@@ -168,7 +214,7 @@ class GenerateEngine:
         return inputs
 
     def _pixel_values(self, batch: Sequence[Request]) -> Tensor:
-        patches_P = torch.from_numpy(np.concatenate([r.inputs.patches for r in batch])).to(self._model.device)
+        patches_P = torch.from_numpy(np.concatenate([r.inputs.patches for r in batch])).to(self._device)
         return normalise(patches_P, self._table, self._vocabulary.temporal_patch_size)
 
     def _config(self) -> GenerationConfig:
@@ -206,6 +252,13 @@ class GenerateEngine:
             prompt_tokens=request.prompt_tokens,
             completion_tokens=len(tokens) + (reason == "stop"),
         )
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where requests enter *model*: its lowest card, where accelerate's outermost hook moves them anyway."""
+    spots = getattr(model, "hf_device_map", {}).values()
+    cards = [torch.device(spot) for spot in spots if spot not in ("cpu", "disk")]
+    return min(cards, key=lambda card: card.index or 0) if cards else model.device
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:

@@ -1,0 +1,86 @@
+"""Load a replica's engine in the replica's process, which sees that replica's GPUs and no other."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm4v_batch.activations import FloatArray
+from glm4v_batch.checkpoint import Checkpoint
+from glm4v_batch.devices import cuda_visible_devices, let_segments_grow
+from glm4v_batch.engines import Engine
+from glm4v_batch.job import Job
+from glm4v_batch.memory import MemoryModel
+from glm4v_batch.types import PeakSample, Replica, Spot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSettings:
+    """What a replica's process needs.
+
+    `MemoryModel` starts from *priors*, *samples* and *must_probe*; *streamed_bytes* come on top of what
+    each device holds, while offloaded weights pass through it. *offload_folder* is used only where the
+    replica's device map says `disk`.
+    """
+
+    job: Job
+    checkpoint: Checkpoint
+    replica: Replica
+    priors: Sequence[FloatArray]
+    samples: Sequence[PeakSample]
+    must_probe: bool
+    streamed_bytes: Sequence[int]
+    offload_folder: Path
+
+
+def load_engine(settings: ReplicaSettings) -> Engine:
+    """The engine of *settings*, its model loaded. It takes the process for itself: see the first lines."""
+    devices = settings.replica.devices
+    if devices[0].index is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices(devices)
+        let_segments_grow()
+        _limit_memory(settings.replica)
+    from glm4v_batch.engines.generate import GenerateEngine, vocabulary_of
+    from glm4v_batch.meters import meter_for
+    from glm4v_batch.model import load_model
+    from glm4v_batch.prompts import PromptRenderer
+
+    job, checkpoint = settings.job, settings.checkpoint
+    model = load_model(
+        checkpoint.folder, job.model.dtype, torch_map(settings.replica), settings.offload_folder
+    )
+    meter = meter_for(devices)
+    fixed_bytes = [
+        held + streamed for held, streamed in zip(meter.held_bytes(), settings.streamed_bytes, strict=True)
+    ]
+    return GenerateEngine(
+        model,
+        vocabulary_of(
+            checkpoint, PromptRenderer(checkpoint, system=job.prompt.system, user=job.prompt.user).decode
+        ),
+        job.generation,
+        MemoryModel(fixed_bytes, settings.priors, settings.samples, must_probe=settings.must_probe),
+        meter,
+        memory_fraction=job.devices.memory_fraction,
+        max_batch_size=job.batching.max_batch_size,
+    )
+
+
+def torch_map(replica: Replica) -> Mapping[str, str]:
+    """The replica's device map in the names that torch has for its devices in the replica's process."""
+    return {module: _torch_name(spot, replica) for module, spot in replica.device_map.items()}
+
+
+def _torch_name(spot: Spot, replica: Replica) -> str:
+    if isinstance(spot, str):
+        return spot
+    return "cpu" if replica.devices[spot].index is None else f"cuda:{spot}"
+
+
+def _limit_memory(replica: Replica) -> None:
+    import torch
+
+    for place, device in enumerate(replica.devices):
+        if device.limit_bytes is not None:
+            fraction = min(1.0, device.limit_bytes / torch.cuda.get_device_properties(place).total_memory)
+            torch.cuda.set_per_process_memory_fraction(fraction, place)
