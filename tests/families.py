@@ -57,15 +57,15 @@ def small_model(
     if family == "glm46v_moe":
         text["model_type"] = "glm4v_moe_text"
     config = CONFIG_MAPPING[model_type](text_config=text, vision_config=dict(_VISION), **changes)
-    return _build(config, dtype, device)
+    return on_device(config, dtype, device)
 
 
 def full_size_model(model_type: str) -> Any:
     """The model that the config class of *model_type* stands for, in bfloat16 on the meta device."""
-    return _build(CONFIG_MAPPING[model_type](), torch.bfloat16, "meta")
+    return on_device(CONFIG_MAPPING[model_type](), torch.bfloat16, "meta")
 
 
-def _build(config: Any, dtype: torch.dtype, device: str) -> Any:
+def on_device(config: Any, dtype: torch.dtype, device: str) -> Any:
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype)
 

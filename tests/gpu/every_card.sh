@@ -3,7 +3,7 @@
 # Run from the repository's root with the package's dependencies importable by python3:
 #   tests/gpu/every_card.sh one OUT WORK       one card each: mixed sizes, a neighbour that takes memory
 #   tests/gpu/every_card.sh offload OUT WORK   weights in host memory and on the disk
-#   tests/gpu/every_card.sh all OUT WORK       all cards together: replicas, plain transformers, balanced
+#   tests/gpu/every_card.sh all OUT WORK       all cards: a 106B plan, replicas, plain transformers, balanced
 # The first call makes the model and runs tests.gpu.cross_device beside that.
 # OUT gets the logs, WORK (40 GB) the full-size random model and its pictures.
 set -euo pipefail
@@ -43,6 +43,7 @@ case $what in
     scenario offload --card 0
     ;;
   all)
+    [[ -e $work/large ]] || python3 -m tests.gpu.plan_large "$work/large"
     scenario four-replicas --cards "$cards" --rows 200
     scenario plain-auto --cards "$cards" --rows 96 --sizes 64 48 32 24 16 8
     scenario balanced --cards "$cards" --cap-gib "$((cards == 4 ? 12 : 16))" --rows 240
