@@ -27,7 +27,8 @@ _MEMORY_OF_RUNS = 256
 # Of few batches the early ones, which are small and slow, must not count as long.
 _HALF_LIFE_FRACTION = 1 / 3
 _MOST_HALF_LIFE_RUNS = 64
-_ROUNDS = 5
+_ROUNDS = 12
+_LEAST_OF_PRIOR = 1e-2
 _FOLDS = 8
 # Its square is the weight of the prior beside that of one batch: it decides what few batches leave open.
 _RIDGE = 0.1
@@ -167,8 +168,8 @@ def _fit(runs: Sequence[BatchRun], prior: FloatArray) -> FloatArray:
     """The seconds per feature that come nearest to *runs*, in relative terms.
 
     Recent batches count more. Odd ones, such as those for which kernels were compiled, count less
-    (Huber 1964): each round measures errors, and weighs them, by the fit before it. A light pull to the
-    prior's proportions (ridge regression) stands for the shapes that *runs* lack.
+    (Huber 1964): each round measures errors, and weighs them, by the fit before it. A light pull to that
+    fit, the first time to the prior's proportions (ridge regression), stands for the shapes that *runs* lack.
     """
     features = _features(runs)
     seconds = np.array([run.seconds for run in runs])
@@ -182,9 +183,12 @@ def _fit(runs: Sequence[BatchRun], prior: FloatArray) -> FloatArray:
         deviation = max(_DEVIATIONS_PER_MEDIAN * float(np.median(errors)), _LEAST_DEVIATION)
         weights = recency * np.minimum(1, _HUBER_DEVIATIONS * deviation / np.maximum(errors, 1e-9))
         roots = np.sqrt(weights) / predicted
-        rows = np.vstack([features * prior * roots[:, None], _RIDGE * np.eye(len(prior))])
-        targets = np.concatenate([seconds * roots, np.full(len(prior), _RIDGE * scale)])
-        fitted = prior * fit_multiples(rows, targets)
+        # Pulled to the round before, not to the prior for ever: what the batches do tell may lie far off
+        # the prior's proportions, and what they leave open stays where it was.
+        base = np.maximum(fitted, _LEAST_OF_PRIOR * scale * prior)
+        rows = np.vstack([features * base * roots[:, None], _RIDGE * np.eye(len(prior))])
+        targets = np.concatenate([seconds * roots, np.full(len(prior), _RIDGE)])
+        fitted = base * fit_multiples(rows, targets)
     return fitted
 
 

@@ -1,0 +1,109 @@
+"""What a run is expected to be like, and that earlier runs make it better known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from glm4v_batch.forecast import Forecast, context_of
+from glm4v_batch.job import Job, read_job
+from glm4v_batch.output import locked
+from glm4v_batch.plan import make_plan, open_job
+from glm4v_batch.report import Report
+from glm4v_batch.types import BatchRun, BatchShape, Replica, ReplicaReady
+from tests.cards import glm_41v, gpu
+from tests.conftest import MakeSource
+from tests.e2e.command import write_job
+
+
+@pytest.fixture
+def job(tmp_path: Path, make_source: MakeSource) -> Job:
+    """A job on the tiny model with 50 rows, of which two are broken."""
+    source = make_source(50, broken=(3, 40))
+    engine = ["devices: {use: cpu}", "batching: {engine: generate}"]
+    return read_job(write_job(tmp_path / "job.yaml", source, tmp_path / "out", extra=engine))
+
+
+def forecast_of(job: Job, limit: int | None = None) -> Forecast:
+    forecast = make_plan(open_job(job), limit).forecast
+    assert forecast is not None
+    return forecast
+
+
+def run(size: int, seconds: float) -> BatchRun:
+    """A batch of *size* requests as the source has them, which took 100 MiB for each."""
+    shape = BatchShape(size, size * 25, size * 36, size * 89, size * 625)
+    peak_bytes = (1 << 28) + size * (100 << 20)
+    return BatchRun(shape, (1 << 28,), (peak_bytes,), (10 << 30,), False, seconds, size * 25, size * 64)
+
+
+def test_a_forecast_rests_on_a_sample_of_the_rows_that_are_left(job: Job) -> None:
+    forecast = forecast_of(job)
+
+    assert len(forecast.survey.sizes) == 48
+    assert forecast.survey.num_failed == 2
+    assert (forecast.typical.prompt_tokens, forecast.typical.visual_patches) == (25, 36)
+    assert forecast.worst.visual_patches > forecast.typical.visual_patches
+    assert forecast.time is not None
+    assert not forecast.time.is_measured
+
+
+def test_what_earlier_batches_measured_replaces_the_guess(job: Job) -> None:
+    guessed = forecast_of(job)
+    assert guessed.time is not None
+    with locked(Path(job.output.path)):
+        report = Report(Path(job.output.path), guessed.contexts)
+        report.add_replica(ReplicaReady(0, 3.0, (1 << 28,)))
+        for size in (4, 8, 12, 16) * 4:
+            report.add_batch(run(size, seconds=0.3 + size * 0.03))
+        report.write()
+
+    measured = forecast_of(job)
+
+    assert measured.time is not None
+    assert measured.time.is_measured
+    # Three seconds of loading, then one batch.
+    assert measured.time.low_seconds < 3 + 0.3 + 48 * 0.03 < measured.time.high_seconds
+    assert measured.time.high_seconds < guessed.time.high_seconds
+    assert measured.batch_size < guessed.batch_size
+    assert len(measured.samples(0)) == 16
+
+
+def test_batches_of_other_cards_say_nothing(job: Job) -> None:
+    guessed = forecast_of(job)
+    with locked(Path(job.output.path)):
+        Report(Path(job.output.path), ["the same model on another card"]).add_batch(run(8, seconds=4))
+
+    assert forecast_of(job).runs == guessed.runs
+
+
+def test_the_jobs_largest_batch_is_kept_to(job: Job) -> None:
+    capped = job.model_copy(update={"batching": job.batching.model_copy(update={"max_batch_size": 7})})
+
+    assert forecast_of(capped).batch_size == 7
+
+
+def test_nothing_is_looked_at_where_nothing_is_left(job: Job) -> None:
+    elsewhere = job.model_copy(update={"devices": job.devices.model_copy(update={"use": (99,)})})
+    plan = make_plan(open_job(elsewhere.model_copy(update={"batching": _echo(job)})))
+
+    assert plan.forecast is None
+
+
+def _echo(job: Job) -> object:
+    return job.batching.model_copy(update={"engine": "echo"})
+
+
+def test_replicas_on_equal_cards_learn_from_each_other_and_others_do_not() -> None:
+    needs = glm_41v()
+    whole = Replica((gpu(0, 24),), {"": 0}, (needs.weight_bytes,))
+    twin = replace(whole, devices=(gpu(3, 24),))
+    other_card = replace(whole, devices=(gpu(0, 24, name="NVIDIA L4"),))
+    spread = replace(whole, devices=(gpu(0, 24), gpu(1, 24)), device_map={"model": 0, "lm_head": 1})
+    spread_otherwise = replace(spread, device_map={"model": 1, "lm_head": 0})
+
+    contexts = [context_of(needs, each) for each in (whole, twin, other_card, spread, spread_otherwise)]
+
+    assert contexts[0] == contexts[1]
+    assert len(set(contexts)) == 4
+    assert context_of(replace(needs, bytes_per_value=4), whole) != contexts[0]
