@@ -19,7 +19,7 @@ from glm4v_batch.engines.echo import EchoSettings, load_echo
 from glm4v_batch.engines.loading import ReplicaSettings, load_engine
 from glm4v_batch.output import Output, describe, locked, offload_folder
 from glm4v_batch.parts import Part
-from glm4v_batch.placement import priors, streamed_bytes
+from glm4v_batch.placement import priors
 from glm4v_batch.plan import OpenJob, Plan, make_plan, preprocess_settings
 from glm4v_batch.preprocess import preprocess
 from glm4v_batch.replicas import Replicas
@@ -165,7 +165,6 @@ def replica_settings(plan: Plan) -> list[ReplicaSettings]:
             replica=replica,
             priors=priors(replica, forecast.needs),
             samples=forecast.samples(index),
-            streamed_bytes=streamed_bytes(replica, forecast.needs),
             must_probe=not can_predict(forecast.needs.config),
             offload_folder=offload_folder(Path(job.output.path), index),
         )

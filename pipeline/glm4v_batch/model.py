@@ -32,7 +32,7 @@ def load_model(
     model, loading = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=_DTYPES[dtype],
-        device_map={module: _torch_spot(spot) for module, spot in device_map.items()},
+        device_map=_torch_map(device_map),
         offload_folder=offload_folder,
         use_safetensors=True,
         trust_remote_code=False,
@@ -47,10 +47,22 @@ def load_model(
     return model
 
 
-def _torch_spot(spot: str) -> str | torch.device:
-    # accelerate lets requests enter through the first of the *set* of devices: of names that is any of
-    # them, with Python's hash seed; of device objects it is the lowest card.
-    return spot if spot in ("cpu", "disk") else torch.device(spot)
+def _torch_map(device_map: Mapping[str, str]) -> dict[str, Any]:
+    """*device_map* with the cards in a form that puts accelerate's main device on the lowest one.
+
+    accelerate lets requests enter through the first of the *set* of devices: of names that is any of
+    them, with Python's hash seed. From the disk safetensors reads to names and numbers alone.
+    """
+    by_number = "disk" in device_map.values()
+    return {
+        module: spot if spot in ("cpu", "disk") else _card(spot, by_number=by_number)
+        for module, spot in device_map.items()
+    }
+
+
+def _card(name: str, *, by_number: bool) -> torch.device | int:
+    card = torch.device(name)
+    return (card.index or 0) if by_number else card
 
 
 def check_placed(model: torch.nn.Module, device_map: Mapping[str, str]) -> None:

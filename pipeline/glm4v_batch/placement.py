@@ -71,16 +71,14 @@ def priors(replica: Replica, needs: ModelNeeds) -> list[FloatArray]:
 
 
 def standing_bytes(replica: Replica, needs: ModelNeeds) -> tuple[int, ...]:
-    """What each device of *replica* holds without a batch: its weights, and room for what passes through."""
-    streamed = streamed_bytes(replica, needs)
-    return tuple(weights + room for weights, room in zip(replica.weight_bytes, streamed, strict=True))
+    """What each device of *replica* keeps for weights: its own, and on the first one those passing through.
 
-
-def streamed_bytes(replica: Replica, needs: ModelNeeds) -> tuple[int, ...]:
-    """Room that each device keeps for offloaded modules: the first one executes them, one at a time."""
+    For planning. When the vision tower is at its peak no layer passes, so a run measures less.
+    """
     spots = spots_of(replica.device_map, needs)
     streamed = [m.weight_bytes for m in needs.modules if not isinstance(spots[m.name], int)]
-    return (max(streamed, default=0), *(0 for _ in replica.devices[1:]))
+    first, *others = replica.weight_bytes
+    return (first + max(streamed, default=0), *others)
 
 
 def expected_batch_size(

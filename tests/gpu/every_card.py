@@ -27,6 +27,7 @@ from glm4v_batch.types import BatchRun
 GIB = 1 << 30
 _WARM_UP_BATCHES = 20
 _SAMPLE_SECONDS = 0.25
+_CONTEXT_BYTES = 520 << 20
 
 
 def write_job(path: Path, model: Path, source: Path, out: Path, new_tokens: int, devices: str) -> Path:
@@ -59,6 +60,9 @@ def run(job: Path, *arguments: str) -> tuple[int, float]:
 
 def folder_figures(out: Path) -> dict[str, Any]:
     """What the run left: rows, failures, and the figures of its batches, before and after warming up."""
+    report = out / ".glm4v-batch" / "report.json"
+    if not report.is_file():
+        raise SystemExit(f"{out.name} left no report:\n{out.with_suffix('.log').read_text()[-3000:]}")
     runs = [run for _, run in read_runs(out)]
     tables = [pq.read_table(path, columns=["id", "status"]) for path in sorted(out.glob("part-*.parquet"))]
     ids = [cell for table in tables for cell in table["id"].to_pylist()]
@@ -70,7 +74,7 @@ def folder_figures(out: Path) -> dict[str, Any]:
         "failed": statuses.count("failed"),
         **batch_figures(runs),
         "late_out_of_memory": sum(run.out_of_memory for run in late),
-        "reports": json.loads((out / ".glm4v-batch/report.json").read_text()),  # there is none after a crash
+        "reports": json.loads(report.read_text()),
         "runs": runs,
     }
 
@@ -158,7 +162,10 @@ def _set_when_held(stream: Any, has_all: threading.Event) -> None:
 
 
 def neighbour(options: argparse.Namespace) -> None:
-    """The same on a card that really has 24 GiB, of which another process takes 2 in mid-run."""
+    """The same on a card that really has 24 GiB, of which another process takes 2 in mid-run.
+
+    Both processes' CUDA contexts count: ours beside the 24 GiB, the neighbour's as a part of its 2.
+    """
     import torch
 
     card, out = options.card, options.out / "neighbour"
@@ -167,14 +174,14 @@ def neighbour(options: argparse.Namespace) -> None:
         options.out / "neighbour.yaml", options.model, options.source, out, 32, f"{{use: [{card}]}}"
     )
     outcome: list[tuple[int, float]] = []
-    with taken(card, free - int(24.5 * GIB)) as is_small:
+    with taken(card, free - 24 * GIB - 2 * _CONTEXT_BYTES) as is_small:
         assert is_small.wait(60)
         worker = threading.Thread(target=lambda: outcome.append(run(job, "--limit", str(options.rows))))
         worker.start()
         while sum(1 for _ in read_runs(out)) < options.batches_before and worker.is_alive():
             time.sleep(_SAMPLE_SECONDS)
         num_before = sum(1 for _ in read_runs(out))
-        with taken(card, 2 * GIB) as has_all:
+        with taken(card, 2 * GIB - _CONTEXT_BYTES) as has_all:
             worker.join()
             got_all = has_all.is_set()
     figures = folder_figures(out)

@@ -4,13 +4,14 @@
 #   tests/gpu/every_card.sh one OUT WORK       one card each: mixed sizes, a neighbour that takes memory
 #   tests/gpu/every_card.sh offload OUT WORK   weights in host memory and on the disk
 #   tests/gpu/every_card.sh all OUT WORK       all cards: a 106B plan, replicas, plain transformers, balanced
+#   tests/gpu/every_card.sh short OUT WORK     most of it on two cards within nine minutes
 # The first call makes the model and runs tests.gpu.cross_device beside that.
 # OUT gets the logs, WORK (40 GB) the full-size random model and its pictures.
 set -euo pipefail
-what=${1:?one, offload or all} out=${2:?a folder for the logs} work=${3:?a folder for model and pictures}
+what=${1:?one, offload, all or short} out=${2:?a folder for the logs} work=${3:?a folder for model and pictures}
 export PYTHONPATH="pipeline:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$out" "$work"
-scenario() { python3 -m tests.gpu.every_card "$@" --model "$work/model" --source "$work/source" --out "$work/runs"; }
+scenario() { timeout "${seconds:-600}" python3 -m tests.gpu.every_card "$@" --model "$work/model" --source "$work/source" --out "$work/runs"; }
 cards=$(nvidia-smi -L | wc -l)
 keep_logs() {
   for log in "$work"/runs/*.log; do echo "== $log"; tail -n 40 "$log"; done > "$out/runs-$what.log" || true
@@ -22,7 +23,7 @@ trap keep_logs EXIT
 nvidia-smi --query-gpu=index,name,memory.total,memory.used --format=csv,noheader
 
 if [[ ! -e $work/made ]]; then
-  python3 -m tests.gpu.full_size source "$work/source" --rows 1600 &
+  python3 -m tests.gpu.full_size source "$work/source" --rows "${rows:-1600}" &
   python3 -m tests.gpu.cross_device > "$out/cross_device.log" 2>&1 &
   cross=$!
   time python3 -m tests.gpu.full_size model "$work/model"
@@ -41,6 +42,16 @@ case $what in
     ;;
   offload)
     scenario offload --card 0
+    ;;
+  short)
+    seconds=175 scenario neighbour --card 1 --rows 160 > "$out/neighbour.log" 2>&1 &
+    seconds=90 scenario offload --card 0 || true
+    wait
+    cat "$out/neighbour.log"
+    python3 -m tests.gpu.plan_large "$work/large" || true
+    seconds=190 scenario four-replicas --cards "$cards" --rows 120 || true
+    seconds=100 scenario balanced --cards "$cards" --cap-gib "$((cards == 4 ? 12 : 16))" --rows 160 || true
+    seconds=80 scenario plain-auto --cards "$cards" --rows 96 --sizes 64 48 32 24 || true
     ;;
   all)
     [[ -e $work/large ]] || python3 -m tests.gpu.plan_large "$work/large"

@@ -18,9 +18,8 @@ from glm4v_batch.types import PeakSample, Replica, Spot
 class ReplicaSettings:
     """What a replica's process needs.
 
-    `MemoryModel` starts from *priors*, *samples* and *must_probe*; *streamed_bytes* come on top of what
-    each device holds, while offloaded weights pass through it. *offload_folder* is used only where the
-    replica's device map says `disk`.
+    `MemoryModel` starts from *priors*, *samples* and *must_probe*; *offload_folder* is used only where
+    the replica's device map says `disk`.
     """
 
     job: Job
@@ -29,7 +28,6 @@ class ReplicaSettings:
     priors: Sequence[FloatArray]
     samples: Sequence[PeakSample]
     must_probe: bool
-    streamed_bytes: Sequence[int]
     offload_folder: Path
 
 
@@ -50,16 +48,13 @@ def load_engine(settings: ReplicaSettings) -> Engine:
         checkpoint.folder, job.model.dtype, torch_map(settings.replica), settings.offload_folder
     )
     meter = meter_for(devices)
-    fixed_bytes = [
-        held + streamed for held, streamed in zip(meter.held_bytes(), settings.streamed_bytes, strict=True)
-    ]
     return GenerateEngine(
         model,
         vocabulary_of(
             checkpoint, PromptRenderer(checkpoint, system=job.prompt.system, user=job.prompt.user).decode
         ),
         job.generation,
-        MemoryModel(fixed_bytes, settings.priors, settings.samples, must_probe=settings.must_probe),
+        MemoryModel(meter.held_bytes(), settings.priors, settings.samples, must_probe=settings.must_probe),
         meter,
         memory_fraction=job.devices.memory_fraction,
         max_batch_size=job.batching.max_batch_size,
