@@ -67,6 +67,8 @@ def load(script: Script) -> ScriptedEngine:
             os._exit(3)
         case "user's mistake":
             raise PlacementError("does not fit", hint="buy a larger card")
+        case "takes a second":
+            time.sleep(1)
         case "takes long":
             time.sleep(60)
     return ScriptedEngine(script)

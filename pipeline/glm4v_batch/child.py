@@ -9,14 +9,18 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from multiprocessing.util import Finalize
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+_F_SETSIG = 10  # Linux, fcntl(2); the module fcntl names it from Python 3.13 on
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What the fork server imports once, so that the child which replaces a lost one starts at once.
 _PRELOADED = ["glm4v_batch.preprocess"]
@@ -35,6 +39,10 @@ class Child:
         with _signals_blocked():
             self._process.start()
         theirs.close()  # or the child's death would not end the pipe
+        # At exit multiprocessing asks daemons to end by SIGTERM, which they ignore, and waits for them.
+        Finalize(self, self._process.kill, exitpriority=10)
+        self._outbox: SimpleQueue[bytes] = SimpleQueue()
+        self._writer: threading.Thread | None = None
 
     @property
     def pid(self) -> int:
@@ -42,15 +50,27 @@ class Child:
         assert self._process.pid is not None
         return self._process.pid
 
+    def post(self, message: bytes) -> None:
+        """Have *message* sent by a thread: the process may be stopped, and its pipe full."""
+        self._outbox.put(message)
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write, name="outbox", daemon=True)
+            self._writer.start()
+
+    def _write(self) -> None:
+        with suppress(OSError):  # its end is noticed where its pipe is read
+            while True:
+                self.pipe.send_bytes(self._outbox.get())
+
     def kill(self) -> None:
         """Kill the process; whoever waits at its pipe meets the end of it."""
         self._process.kill()
-        self._process.join()
 
     def end(self, *, grace_seconds: float) -> str:
         """Make sure that the process is gone, and say how it ended."""
         self._process.join(grace_seconds)  # of one that is dying, its own exit code says more than our kill
         self.kill()
+        self._process.join()
         self.pipe.close()
         code = self._process.exitcode or 0
         return f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -91,11 +111,14 @@ def _die_with_parent() -> None:
     """Have the kernel end this process when its parent ends, even deep in a loop that is not Python's.
 
     Not PR_SET_PDEATHSIG: the parent is the fork server, which lives as long as any child does. The
-    pipe that tells of the parent's end is made to raise SIGIO instead, whose default is to end us.
+    pipe that tells of the parent's end is made to raise SIGKILL instead, or SIGIO where only that can
+    be; SIGIO waits where we are stopped.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
     fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    with suppress(OSError):
+        fcntl.fcntl(parent.sentinel, _F_SETSIG, signal.SIGKILL)
     flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
     fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
     if not parent.is_alive():  # it ended before the signal was set

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,8 +85,11 @@ def run(
     from glm4v_batch.progress import Progress
     from glm4v_batch.render import outcome_as_json, outcome_as_text
 
-    with Progress(sys.stderr) as progress:
-        outcome = progress.follow(run_job(open_job(read_job(job_file, overrides)), limit))
+    with (
+        closing(run_job(open_job(read_job(job_file, overrides)), limit)) as events,
+        Progress(sys.stderr) as progress,
+    ):
+        outcome = progress.follow(events)
     command_line = shlex.join(["glm4v-batch", *sys.argv[1:]])
     click.echo(outcome_as_json(outcome) if as_json else outcome_as_text(outcome, command_line))
     ctx.exit(outcome.exit_code)

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,8 @@ from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, ReplicaLost,
 from glm4v_batch.worker import work
 
 _LOOK_SECONDS = 1.0
+# Less than what service managers wait between asking and killing: 30 s and more.
+_GRACE_SECONDS = 25.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class DevicesSeen:
 Event = Plan | Part | DevicesSeen | EngineEvent | Outcome
 
 
-def run(opened: OpenJob, limit: int | None = None) -> Iterator[Event]:
+def run(opened: OpenJob, limit: int | None = None) -> Generator[Event, None, None]:
     """Do what is left of the job: yield the plan, what happens as it happens, and the outcome last.
 
     Raises what `locked` and `make_plan` raise; what is committed by then stays.
@@ -96,16 +98,18 @@ def _events(plan: Plan, chunks: Iterable[Chunk], stop: "_Stop") -> Iterator[Part
     output = Output(Path(opened.job.output.path), opened.settings, opened.passed_fields)
     settings = preprocess_settings(opened)
     engine = open_engine(plan)
-    is_draining = False
+    drained_at = None
     with closing(
         work(plan, chunks, partial(preprocess, settings=settings, num_workers=num_decoders()), engine, output)
     ) as events:
         for event in events:
             yield event
-            # Its batches in hand are worth waiting for: their answers may complete a chunk.
-            if stop.heed() and not is_draining:
+            # The batches in hand are worth waiting for: their answers may complete a chunk.
+            if stop.heed() and drained_at is None:
                 engine.drain()
-                is_draining = True
+                drained_at = time.monotonic()
+            if drained_at is not None and time.monotonic() - drained_at > _GRACE_SECONDS:
+                return
 
 
 def num_decoders() -> int:

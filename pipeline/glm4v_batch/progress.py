@@ -39,7 +39,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
     def follow(self, events: Iterable[Event]) -> Outcome:
         """Show *events* and return the outcome, which is the last of them."""
@@ -71,7 +72,8 @@ class Progress:
         self._num_done += 1
         self._num_failed += isinstance(result, Failure)
         if self._bar is not None:
-            self._bar.update()
+            with suppress(OSError):
+                self._bar.update()
             if isinstance(result, Failure):
                 self._show_postfix()
         elif time.monotonic() - self._last_line > _LOG_SECONDS:
@@ -91,7 +93,8 @@ class Progress:
     def _show_postfix(self) -> None:
         if self._bar is not None:
             failed = f"{self._num_failed:,} failed" if self._num_failed else ""
-            self._bar.set_postfix_str(", ".join(filter(None, [failed, self._devices])))
+            with suppress(OSError):
+                self._bar.set_postfix_str(", ".join(filter(None, [failed, self._devices])))
 
     def _name(self, replica: int) -> str:
         if self._forecast is None:
@@ -100,8 +103,8 @@ class Progress:
         return f"replica {replica} on {', '.join(device.torch_name for device in devices)}"
 
     def _note(self, line: str) -> None:
-        # Whoever read the progress may be gone; the work goes on.
-        with suppress(BrokenPipeError):
+        # Whoever read the progress may be gone, or the terminal closed; the work goes on.
+        with suppress(OSError):
             if self._bar is not None:
                 self._bar.write(line, file=self._stream)
             else:
@@ -113,7 +116,8 @@ def _what_became(event: ReplicaReady | ReplicaLost) -> str:
     if isinstance(event, ReplicaReady):
         held = f" with {format_bytes(sum(event.held_bytes))}" if event.held_bytes else ""
         return f"ready after {format_seconds(event.seconds)}{held}"
-    return f"lost, {format_count(event.num_requests, 'request')} to do again: {event.reason}"
+    end = "given up" if event.is_final else "lost"
+    return f"{end}, {format_count(event.num_requests, 'request')} to do again: {event.reason}"
 
 
 def _use(use: DeviceUse) -> str:

@@ -52,6 +52,7 @@ class Idle:
 class Crashed:
     """From the replica: an error that nobody expected ends it."""
 
+    summary: str
     trace: str
 
 
@@ -61,8 +62,13 @@ def serve(pipe: Connection, load: LoadEngine, settings: Any) -> None:
         _work(pipe, load, settings)
     except Glm4vBatchError as error:  # the driver raises it
         _send(pipe, error)
-    except Exception:  # the border of the process: the driver decides what it means
-        _send(pipe, Crashed(traceback.format_exc()))
+    except Exception as error:  # the border of the process: the driver decides what it means
+        _send(pipe, Crashed(f"{type(error).__name__}: {_first_line(error)}", traceback.format_exc()))
+
+
+def _first_line(error: BaseException) -> str:
+    # torch's messages go on with hints for its developers.
+    return next(iter(str(error).splitlines()), "")
 
 
 def _work(pipe: Connection, load: LoadEngine, settings: Any) -> None:
@@ -83,15 +89,17 @@ class _Inbox:
     def __init__(self, pipe: Connection, engine: Engine) -> None:
         self._pipe = pipe
         self._engine = engine
-        self._arrived: SimpleQueue[Request | Flush] = SimpleQueue()
+        self._arrived: SimpleQueue[Request | Flush | Exception] = SimpleQueue()
         self._thread = threading.Thread(target=self._read, name="inbox", daemon=True)
         self._thread.start()
         self.is_draining = False
 
     def until_flush(self) -> Iterator[Request]:
-        while isinstance(request := self._arrived.get(), Request):
+        while isinstance(arrived := self._arrived.get(), Request):
             _send(self._pipe, Took())
-            yield request
+            yield arrived
+        if isinstance(arrived, Exception):
+            raise arrived
 
     def wait_for_end(self) -> None:
         """Wait for the driver to close the pipe, which ends the process."""
@@ -100,14 +108,20 @@ class _Inbox:
     def _read(self) -> None:
         while True:
             try:
-                message = pickle.loads(self._pipe.recv_bytes())  # noqa: S301  from our own driver
+                content = self._pipe.recv_bytes()
             except (EOFError, OSError):
                 os._exit(0)  # the driver has closed the pipe: nobody wants the answers
-            if isinstance(message, Drain):
-                self.is_draining = True
-                self._engine.drain()
-                message = Flush()
-            self._arrived.put(message)
+            try:
+                self._take(pickle.loads(content))  # noqa: S301  from our own driver
+            except Exception as error:  # the border of the thread: the engine's meets it
+                self._arrived.put(error)
+
+    def _take(self, message: Request | Flush | Drain) -> None:
+        if isinstance(message, Drain):
+            self.is_draining = True
+            self._engine.drain()
+            message = Flush()
+        self._arrived.put(message)
 
 
 def _send(pipe: Connection, message: object) -> None:

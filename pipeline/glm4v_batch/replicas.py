@@ -6,9 +6,9 @@ requests of batches that have killed two replicas are run one by one, until the 
 
 import math
 import pickle
-from collections import Counter, deque
+import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from typing import Any
@@ -36,9 +36,12 @@ _AHEAD_BYTES = 64 * 1024**2
 _WAITING_REQUESTS = 64
 _WAITING_BYTES = 256 * 1024**2
 _DEATHS_UNTIL_ALONE = 2
-# A record that kills costs three deaths without an answer between them; this lets two in a row pass.
-_BARREN_DEATHS = 7
+# Twice, for one death may be the kernel's or an operator's doing.
+_DEATHS_ALONE = 2
 _LOADING_DEATHS = 3
+# A guilty record costs four deaths, and is an outcome then.
+_BARREN_DEATHS = 8
+_CRASHED_IN_A_ROW = 10
 
 _Key = tuple[str, int]
 
@@ -62,8 +65,9 @@ class Replicas:
         self._replicas: list[_Replica] = []
         self._waiting: deque[Request] = deque()
         self._alone: deque[Request] = deque()
-        self._deaths: Counter[_Key] = Counter()
-        self._num_barren_deaths = 0
+        self._suspicions: defaultdict[_Key, _Suspicion] = defaultdict(_Suspicion)
+        self._num_crashed_in_a_row = 0
+        self._last_event = time.monotonic()
         self._is_draining = False
 
     def run(self, items: Iterable[Request | Failure]) -> Iterator[EngineEvent]:
@@ -71,13 +75,15 @@ class Replicas:
         ReplicasLostError where replicas only ever die.
         """
         try:
-            for index, settings in enumerate(self._settings):
-                self._replicas.append(_Replica(index, self._start(settings)))
+            for index in range(len(self._settings)):
+                self._replicas.append(_Replica(index, self._start(index)))
             yield from self._pull(items)
             while self._is_working():
                 self._dispatch(more_to_come=False)
                 yield from self._receive(_HEARTBEAT_SECONDS)
         finally:
+            for replica in self._replicas:
+                replica.child.kill()  # all at once: a card takes a while to let go
             for replica in self._replicas:
                 replica.child.end(grace_seconds=0)
 
@@ -88,7 +94,7 @@ class Replicas:
         self._alone.clear()
         for replica in self._replicas:
             if replica.unanswered:
-                replica.write(Drain())
+                replica.send_message(Drain())
 
     def held_bytes(self) -> tuple[int, ...]:
         """Nothing in this process."""
@@ -99,8 +105,8 @@ class Replicas:
             if isinstance(item, Failure):
                 self._num_ended += 1
                 yield item
-                continue
-            self._waiting.append(item)
+            else:
+                self._waiting.append(item)
             self._dispatch(more_to_come=True)
             yield from self._receive(0)
             while self._is_full():
@@ -118,35 +124,67 @@ class Replicas:
         is_busy = any(replica.unanswered or replica.is_flushed for replica in self._replicas)
         return bool(self._waiting or self._alone or is_busy)
 
+    def _living(self) -> list["_Replica"]:
+        return [replica for replica in self._replicas if not replica.is_given_up]
+
+    def _trusted(self, request: Request) -> list["_Replica"]:
+        """The living replicas that *request* has killed least: none of them, as long as there is one."""
+        deaths = self._suspicions.get(_key(request), _Suspicion()).deaths
+        fewest = min(deaths[replica.index] for replica in self._living())
+        return [replica for replica in self._living() if deaths[replica.index] == fewest]
+
     def _dispatch(self, *, more_to_come: bool) -> None:
         if self._is_draining:
             return
-        for replica in self._replicas:
-            if self._alone and replica.is_idle:
-                replica.send_alone(self._alone.popleft())
+        self._dispatch_alone()
         share = self._share()
-        while self._waiting and (open_ones := [r for r in self._replicas if r.has_room(share)]):
-            min(open_ones, key=lambda r: len(r.unanswered)).send(self._waiting.popleft())
+        kept = []
+        while self._waiting and any(replica.has_room(share) for replica in self._replicas):
+            request = self._waiting.popleft()
+            able = [replica for replica in self._trusted(request) if replica.has_room(share)]
+            if able:
+                min(able, key=lambda replica: len(replica.unanswered)).send(request)
+            else:
+                kept.append(request)
+        self._waiting.extendleft(reversed(kept))
         for replica in self._replicas:
             has_all = len(replica.unanswered) >= share or not (self._waiting or more_to_come)
             if replica.unanswered and has_all and not replica.is_flushed:
                 replica.flush()
+
+    def _dispatch_alone(self) -> None:
+        kept = []
+        while self._alone:
+            request = self._alone.popleft()
+            able = self._trusted(request)
+            idle = next((replica for replica in able if replica.is_idle), None)
+            if idle is not None:
+                idle.send_alone(request)
+                continue
+            kept.append(request)
+            # One of them has to empty itself for it.
+            if not any(replica.is_flushed or not replica.is_ready for replica in able):
+                min(able, key=lambda replica: len(replica.unanswered)).flush()
+        self._alone.extend(kept)
 
     def _share(self) -> float:
         """How many unanswered requests one replica may hold: of those that are left, its part."""
         if self._num_expected is None:
             return math.inf
         left = max(self._num_expected - self._num_ended, 1)
-        return math.ceil(left / max(1, sum(not r.is_given_up for r in self._replicas)))
+        return math.ceil(left / max(1, len(self._living())))
 
     def _receive(self, timeout_seconds: float) -> Iterator[EngineEvent]:
-        """Hand on what the replicas have sent, waiting for the first of it."""
-        living = [replica for replica in self._replicas if not replica.is_ended]
-        ready = set(wait([replica.child.pipe for replica in living], timeout_seconds))
-        for replica in living:
+        """Hand on what the replicas have sent, waiting for the first of it; a sign of life each second."""
+        running = [replica for replica in self._replicas if not replica.is_ended]
+        ready = set(wait([replica.child.pipe for replica in running], timeout_seconds))
+        for replica in running:
             if replica.child.pipe in ready:
-                yield from self._read(replica)
-        if timeout_seconds and not ready:
+                for event in self._read(replica):
+                    self._last_event = time.monotonic()
+                    yield event
+        if time.monotonic() - self._last_event >= _HEARTBEAT_SECONDS:
+            self._last_event = time.monotonic()
             yield Heartbeat()
 
     def _read(self, replica: "_Replica") -> Iterator[EngineEvent]:
@@ -160,16 +198,15 @@ class Replicas:
                 raise message
             case Crashed():
                 replica.child.end(grace_seconds=0)
-                yield from self._lose(replica, message.trace)
+                yield from self._lose(replica, message.summary, message.trace)
             case Loaded():
-                replica.begin()
+                replica.is_ready, replica.num_loading_deaths = True, 0
                 yield ReplicaReady(replica.index, message.seconds, message.held_bytes)
             case Took():
                 replica.ahead_bytes.popleft()
             case Idle():
-                assert self._is_draining or not replica.unanswered, (
-                    "an engine has left requests without answer"
-                )
+                is_done = self._is_draining or not replica.unanswered
+                assert is_done, "an engine has left requests without answer"
                 replica.rest()
             case _:
                 yield self._event(replica, message)
@@ -182,47 +219,74 @@ class Replicas:
                 return replace(event, replica=replica.index)
             case Completion() | Failure():
                 del replica.unanswered[event.chunk_id, event.row]
+                self._suspicions.pop((event.chunk_id, event.row), None)
                 self._num_ended += 1
+                replica.num_barren_deaths = 0
                 if isinstance(event, Completion):
-                    self._num_barren_deaths = 0
+                    self._num_crashed_in_a_row = 0
         return event
 
-    def _lose(self, replica: "_Replica", reason: str) -> Iterator[EngineEvent]:
-        """Share out what *replica* held, and start it anew. *reason* ends with what matters most."""
-        self._num_barren_deaths += 1
-        replica.num_loading_deaths += not replica.is_ready
-        short = sanitise(reason.strip().rsplit("\n", 1)[-1])
+    def _lose(self, replica: "_Replica", reason: str, trace: str = "") -> Iterator[EngineEvent]:
+        """Share out what *replica* held, and start it anew unless it only ever dies."""
+        short = sanitise(reason)
         held = list(replica.unanswered.values())
-        yield ReplicaLost(replica.index, short, len(held))
-        if replica.is_alone and held:
-            self._num_ended += 1
-            yield _crash_of(held.pop(), short)
+        replica.count_death()
+        yield ReplicaLost(replica.index, short, len(held), is_final=replica.is_given_up, trace=trace)
         if not self._is_draining:
-            self._requeue(held, replica.suspects)
-        self._refuse_endless_deaths(replica, reason)
+            yield from self._requeue(held, replica, short)
+        self._refuse_endless_deaths(replica, trace or reason)
         replica.forget()
         if replica.is_given_up or self._is_draining:
             replica.is_ended = True
         else:
-            replica.child = self._start(self._settings[replica.index])
+            replica.child = self._start(replica.index)
 
-    def _requeue(self, held: Sequence[Request], suspects: Iterable[_Key]) -> None:
-        self._deaths.update(suspects)
+    def _requeue(self, held: Sequence[Request], replica: "_Replica", reason: str) -> Iterator[Failure]:
         for request in reversed(held):
-            is_guilty = self._deaths[_key(request)] >= _DEATHS_UNTIL_ALONE
-            (self._alone if is_guilty else self._waiting).appendleft(request)
+            key = _key(request)
+            if key in replica.suspects:
+                self._suspicions[key].add(replica)
+            suspicion = self._suspicions.get(key, _Suspicion())
+            if suspicion.is_guilty:
+                self._num_ended += 1
+                self._num_crashed_in_a_row += 1
+                replica.num_barren_deaths = 0  # an outcome, too
+                yield _crash_of(request, self._suspicions.pop(key), reason)
+            else:
+                (self._alone if suspicion.is_suspect else self._waiting).appendleft(request)
 
     def _refuse_endless_deaths(self, replica: "_Replica", reason: str) -> None:
-        """Give up on a replica that cannot load, and on the run where nothing is answered any more."""
-        replica.is_given_up = replica.num_loading_deaths >= _LOADING_DEATHS
-        if self._num_barren_deaths >= _BARREN_DEATHS or all(r.is_given_up for r in self._replicas):
+        """Give up on the run where no replica is left, or record after record kills them."""
+        if self._is_draining:
+            return
+        if not self._living() or self._num_crashed_in_a_row >= _CRASHED_IN_A_ROW:
             raise ReplicasLostError(
-                f"replicas died {self._num_barren_deaths} times without an answer between; "
-                f"the last one, replica {replica.index}:\n{reason}"
+                f"replicas only ever die; the last one was replica {replica.index}: {reason}"
             )
 
-    def _start(self, settings: Any) -> Child:
-        return Child(serve, self._load, settings, name="glm4v-replica")
+    def _start(self, index: int) -> Child:
+        return Child(serve, self._load, self._settings[index], name="glm4v-replica")
+
+
+@dataclass(slots=True)
+class _Suspicion:
+    """How often a request was in the batch in hand when replicas died, by replica, and how often alone."""
+
+    deaths: Counter[int] = field(default_factory=Counter)
+    num_alone: int = 0
+
+    def add(self, replica: "_Replica") -> None:
+        self.deaths[replica.index] += 1
+        self.num_alone += replica.is_alone
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it is to be run alone from now on."""
+        return self.deaths.total() >= _DEATHS_UNTIL_ALONE
+
+    @property
+    def is_guilty(self) -> bool:
+        return self.num_alone >= _DEATHS_ALONE
 
 
 @dataclass(slots=True, eq=False)
@@ -237,6 +301,7 @@ class _Replica:
     is_ended: bool = False
     is_given_up: bool = False
     num_loading_deaths: int = 0
+    num_barren_deaths: int = 0
     unanswered: dict[_Key, Request] = field(default_factory=dict)
     ahead_bytes: deque[int] = field(default_factory=deque)
     in_hand: frozenset[_Key] = frozenset()
@@ -260,7 +325,7 @@ class _Replica:
         """Have it answer *request* together with others."""
         self.unanswered[_key(request)] = request
         self.ahead_bytes.append(request.inputs.patches.nbytes)
-        self.write(request)
+        self.send_message(request)
 
     def send_alone(self, request: Request) -> None:
         """Have it answer *request* with no other."""
@@ -271,16 +336,21 @@ class _Replica:
     def flush(self) -> None:
         """Have it answer what it holds without waiting for more to choose from."""
         self.is_flushed = True
-        self.write(Flush())
+        self.send_message(Flush())
 
-    def write(self, message: object) -> None:
-        """Send *message*; that the replica is dead is noticed where its pipe is read."""
-        with suppress(OSError):
-            self.child.pipe.send_bytes(pickle.dumps(message, protocol=5))
+    def send_message(self, message: object) -> None:
+        """Send *message* without waiting; that it is dead is noticed where its pipe is read."""
+        self.child.post(pickle.dumps(message, protocol=5))
 
-    def begin(self) -> None:
-        """It has loaded its model."""
-        self.is_ready, self.num_loading_deaths = True, 0
+    def count_death(self) -> None:
+        """Count a death, and give it up where it cannot load or never answers."""
+        if self.is_ready:
+            self.num_barren_deaths += 1
+        else:
+            self.num_loading_deaths += 1
+        self.is_given_up = (
+            self.num_loading_deaths >= _LOADING_DEATHS or self.num_barren_deaths >= _BARREN_DEATHS
+        )
 
     def rest(self) -> None:
         """It has answered all that it held, or will not answer the rest any more."""
@@ -299,12 +369,15 @@ def _key(request: Request) -> _Key:
     return request.chunk_id, request.row
 
 
-def _crash_of(request: Request, reason: str) -> Failure:
+def _crash_of(request: Request, suspicion: _Suspicion, reason: str) -> Failure:
     return Failure(
         record_id=request.record_id,
         chunk_id=request.chunk_id,
         row=request.row,
         stage="generate",
         code="replica_crashed",
-        message=f"every replica that answered it died, alone with it at last: {reason}",
+        message=sanitise(
+            f"replicas died over it {suspicion.deaths.total()} times, the last "
+            f"{suspicion.num_alone} with nothing else in hand: {reason}"
+        ),
     )

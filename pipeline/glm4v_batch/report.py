@@ -7,8 +7,8 @@ Neither says what is done: only parts do.
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from glm4v_batch.types import (
     ReplicaReady,
     Result,
 )
+
+_MEMORY_OF_RUNS = 10_000
 
 
 class Report:
@@ -43,7 +45,9 @@ class Report:
         self._uses: dict[int, _Use] = {}
         self._started = time.monotonic()
         self._failures: Counter[str] = Counter()
-        self._runs: list[BatchRun] = []
+        # A night has hundreds of thousands of batches; the last ones tell as much.
+        self._runs: deque[BatchRun] = deque(maxlen=_MEMORY_OF_RUNS)
+        self._num_batches: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._num_ok = 0
         self.num_committed = 0
@@ -67,6 +71,7 @@ class Report:
     def add_batch(self, run: BatchRun) -> None:
         """Keep what a batch measured, on disk too."""
         self._runs.append(run)
+        self._num_batches.update(num=1, out_of_memory=run.out_of_memory)
         line = json.dumps({"context": self._contexts[run.replica], **asdict(run)})
         with refusing(self._folder), (self._folder / "batches.jsonl").open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
@@ -95,11 +100,14 @@ class Report:
             "seconds": round(seconds, 3),
             "rows_per_second": round((self._num_ok + num_failed) / seconds, 3),
             "tokens": {"prompt": self._tokens["prompt"], "completion": self._tokens["completion"]},
-            "batches": batch_figures(self._runs),
+            "batches": {**batch_figures(self._runs), **self._counted_batches()},
             "replicas": self._replicas(),
             "devices": [{"index": index, **use.as_dict()} for index, use in sorted(self._uses.items())],
             "plan": self._plan(seconds),
         }
+
+    def _counted_batches(self) -> dict[str, int]:
+        return {key: self._num_batches[key] for key in ("num", "out_of_memory")}
 
     def _replicas(self) -> dict[str, Any]:
         return {
@@ -109,7 +117,7 @@ class Report:
         }
 
     def _plan(self, seconds: float) -> dict[str, Any] | None:
-        """What the plan said of the time, and how far off it was for as much of it as was done."""
+        """What the plan said of the time for all that was left, and the time that passed."""
         if self._expected is None:
             return None
         return {**asdict(self._expected), "actual_seconds": round(seconds, 3)}
@@ -141,7 +149,7 @@ class _Use:
         return {"peak_used_bytes": self._peak_bytes, "utilisation_mean": mean}
 
 
-def batch_figures(runs: Sequence[BatchRun]) -> dict[str, Any]:
+def batch_figures(runs: Collection[BatchRun]) -> dict[str, Any]:
     """How many batches ran, how large, and how near their measured peaks were to the predicted."""
     clean = [run for run in runs if not run.out_of_memory]
     figures: dict[str, Any] = {

@@ -182,11 +182,16 @@ class ReplicaReady:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
-    """A replica's process has ended by itself; *num_requests* of its requests go to another one."""
+    """A replica's process has ended by itself; its *num_requests* requests are done again.
+
+    It is started anew, unless *is_final*. *trace* is the traceback where there is one.
+    """
 
     replica: int
     reason: str
     num_requests: int
+    is_final: bool = False
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)

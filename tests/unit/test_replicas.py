@@ -1,9 +1,16 @@
 """Replicas: every request ends once, whatever process dies, and no process stays behind."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +27,7 @@ from glm4v_batch.types import (
     Request,
 )
 from tests.builders import request
+from tests.e2e.command import ROOT
 from tests.scripted_engine import Script, batches, load
 
 
@@ -40,7 +48,11 @@ def lost(events: Sequence[object]) -> list[ReplicaLost]:
 
 
 def run(scripts: list[Script], count: int, num_expected: int | None = None) -> list[object]:
-    return list(Replicas(load, scripts, num_expected).run(requests(count)))
+    return run_all(requests(count), scripts, num_expected)
+
+
+def run_all(items: list[Request], scripts: list[Script], num_expected: int | None = None) -> list[object]:
+    return list(Replicas(load, scripts, num_expected).run(items))
 
 
 def test_all_replicas_work_and_every_request_ends_once(tmp_path: Path) -> None:
@@ -98,10 +110,12 @@ def test_a_record_that_kills_replicas_becomes_a_failed_row_and_its_neighbours_do
     assert (failure.row, failure.stage, failure.code) == (13, "generate", "replica_crashed")
     assert "signal 9" in failure.message
     assert rows(events) == list(range(40))
-    # Twice with neighbours, once alone; the neighbours were run one by one as well.
-    deadly = [batch for _, batch in batches(tmp_path) if 13 in batch]
-    assert len(deadly) == 3
-    assert deadly[-1] == [13]
+    assert "4 times, the last 2 with nothing else in hand" in failure.message
+    # Twice with neighbours, twice alone; the neighbours were run one by one as well.
+    deadly = [(name, batch) for name, batch in batches(tmp_path) if 13 in batch]
+    assert [batch == [13] for _, batch in deadly] == [False, False, True, True]
+    # Each time on the replica that it has killed least.
+    assert len({name for name, _ in deadly[:3]}) == num_replicas
 
 
 def test_an_error_that_nobody_expected_counts_as_a_death_and_is_told(tmp_path: Path) -> None:
@@ -133,8 +147,141 @@ def test_a_replica_that_never_loads_is_given_up_and_the_others_do_its_work(tmp_p
 def test_replicas_that_only_ever_die_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(ReplicasLostError, match="exit code 3"):
         run([Script(tmp_path, loading="dies")], 8)
-    with pytest.raises(ReplicasLostError, match="7 times without an answer"):
+    with pytest.raises(ReplicasLostError, match=r"only ever die.*signal 9"):
         run([Script(tmp_path, deadly_rows=tuple(range(50)))], 50)
+
+
+def test_a_replica_that_only_ever_dies_is_given_up_and_fails_no_record(tmp_path: Path) -> None:
+    broken_card = Script(tmp_path, "broken", deadly_rows=tuple(range(200)))
+
+    events = run([Script(tmp_path, "good", batch_seconds=0.05), broken_card], 200, num_expected=200)
+
+    assert rows(events) == list(range(200))
+    assert failures(events) == []
+    assert {loss.replica for loss in lost(events)} == {1}
+
+
+def test_replicas_that_cannot_load_do_not_stop_one_that_loads_slowly(tmp_path: Path) -> None:
+    slow = Script(tmp_path, "good", loading="takes a second")
+    broken = [Script(tmp_path, name, loading="dies") for name in "bcd"]
+
+    events = run([slow, *broken], 20)
+
+    assert rows(events) == list(range(20))
+    assert sum(loss.is_final for loss in lost(events)) == 3
+
+
+def test_many_replicas_killed_at_the_same_moment_are_all_started_again(tmp_path: Path) -> None:
+    replicas = Replicas(load, [Script(tmp_path, name, batch_seconds=0.3) for name in "abcdefgh"], 200)
+    events: list[object] = []
+    num_ready = 0
+
+    for event in replicas.run(requests(200)):
+        events.append(event)
+        num_ready += isinstance(event, ReplicaReady)
+        if isinstance(event, ReplicaReady) and num_ready == 8:
+            for replica in replicas._replicas:
+                os.kill(replica.child.pid, signal.SIGKILL)
+
+    assert rows(events) == list(range(200))
+    assert failures(events) == []
+
+
+def test_neighbours_that_all_kill_are_each_failed(tmp_path: Path) -> None:
+    deadly = tuple(range(4, 11))
+
+    events = run([Script(tmp_path, deadly_rows=deadly, batch_size=16)], 30)
+
+    assert rows(events) == list(range(30))
+    assert [failure.row for failure in sorted(failures(events), key=lambda f: f.row)] == list(deadly)
+
+
+def test_a_request_that_cannot_be_unpacked_ends_like_any_that_kills(tmp_path: Path) -> None:
+    spoilt = [*requests(8)]
+    spoilt[3] = replace(spoilt[3], record_id=Unpackable())
+
+    events = run_all(spoilt, [Script(tmp_path)])
+
+    assert rows(events) == list(range(8))
+    assert "cannot be unpacked" in failures(events)[0].message
+
+
+class Unpackable(str):
+    """Text that only the process that made it can hold."""
+
+    def __reduce__(self) -> tuple[Callable[[int], str], tuple[int]]:
+        return unpack, (os.getpid(),)
+
+
+def unpack(maker: int) -> str:
+    if maker != os.getpid():
+        raise MemoryError("cannot be unpacked")
+    return "x"
+
+
+def test_a_stopped_replica_does_not_silence_the_others(tmp_path: Path) -> None:
+    large = [
+        replace(r, inputs=replace(r.inputs, patches=np.zeros((1024, 1024), np.uint8))) for r in requests(150)
+    ]
+    replicas = Replicas(load, [Script(tmp_path, name, batch_seconds=0.05) for name in "ab"], 150)
+    ended_by_other, stopped_at, longest_silence = 0, 0.0, 0.0
+    last = time.monotonic()
+
+    for event in replicas.run(large):
+        if stopped_at:
+            longest_silence = max(longest_silence, time.monotonic() - last)
+            ended_by_other += isinstance(event, Completion)
+        last = time.monotonic()
+        if isinstance(event, BatchRun) and not stopped_at:
+            stopped_at = last
+            os.kill(replicas._replicas[event.replica].child.pid, signal.SIGSTOP)
+        if stopped_at and last - stopped_at > 5:
+            break
+
+    assert ended_by_other > 20
+    assert longest_silence < 2
+
+
+def test_a_slow_source_does_not_keep_signs_of_life_back(tmp_path: Path) -> None:
+    def slowly() -> Iterator[Request]:
+        for each in requests(60):
+            time.sleep(0.1)
+            yield each
+
+    times = []
+    for _ in Replicas(load, [Script(tmp_path, batch_size=64)], 60).run(slowly()):
+        times.append(time.monotonic())
+
+    assert max(later - earlier for earlier, later in pairwise(times)) < 2
+
+
+def test_a_program_that_ends_without_closing_leaves_no_process_and_does_not_hang(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path\n"
+        "from glm4v_batch.replicas import Replicas\n"
+        "from glm4v_batch.types import ReplicaReady\n"
+        "from tests.builders import request\n"
+        "from tests.scripted_engine import Script, load\n"
+        "if __name__ == '__main__':\n"
+        f"    replicas = Replicas(load, [Script(Path({str(tmp_path)!r}), batch_seconds=0.1)])\n"
+        "    events = replicas.run(map(request, range(10000)))\n"
+        "    while not isinstance(next(events), ReplicaReady): pass\n"
+        "    print(replicas._replicas[0].child.pid, flush=True)\n"
+    )
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    paths = os.pathsep.join([str(ROOT / "pipeline"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+    ended = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=True,
+    )
+
+    assert not Path(f"/proc/{ended.stdout.strip()}").exists()
 
 
 def test_draining_ends_after_the_batches_in_hand(tmp_path: Path) -> None:
