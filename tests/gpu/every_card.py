@@ -313,7 +313,27 @@ def offload(options: argparse.Namespace) -> None:
         show(f"14 GiB, offload: {place}", **common(folder_figures(out), code, seconds))
 
 
+def killed(options: argparse.Namespace) -> None:
+    """A replica killed in mid-run, by kill -9: it is started again, and every record stands once."""
+    out = options.out / "killed"
+    job = write_job(
+        options.out / "killed.yaml", options.model, options.source, out, 32,
+        f"{{use: {list(range(options.cards))}, memory_limit_gib: 24}}",
+    )  # fmt: skip
+    outcome: list[tuple[int, float]] = []
+    worker = threading.Thread(target=lambda: outcome.append(run(job, "--limit", str(options.rows))))
+    worker.start()
+    while sum(1 for _ in read_runs(out)) < options.batches_before and worker.is_alive():
+        time.sleep(_SAMPLE_SECONDS)
+    subprocess.run(["pkill", "-9", "-o", "glm4v-replica"], check=True)
+    worker.join()
+    figures = folder_figures(out)
+    losses = [(loss["reason"], loss["num_requests"]) for loss in figures["reports"]["replicas"]["lost"]]
+    show("a replica killed", **common(figures, *outcome[0]), losses=losses)
+
+
 SCENARIOS = {
+    "killed": killed,
     "one-card": one_card,
     "neighbour": neighbour,
     "four-replicas": four_replicas,

@@ -5,10 +5,11 @@
 #   tests/gpu/every_card.sh offload OUT WORK   weights in host memory and on the disk
 #   tests/gpu/every_card.sh all OUT WORK       all cards: a 106B plan, replicas, plain transformers, balanced
 #   tests/gpu/every_card.sh short OUT WORK     most of it on two cards within nine minutes
+#   tests/gpu/every_card.sh rest OUT WORK      a 106B plan, a killed replica, plain transformers at small batches
 # The first call makes the model and runs tests.gpu.cross_device beside that.
 # OUT gets the logs, WORK (40 GB) the full-size random model and its pictures.
 set -euo pipefail
-what=${1:?one, offload, all or short} out=${2:?a folder for the logs} work=${3:?a folder for model and pictures}
+what=${1:?one, offload, all, short or rest} out=${2:?a folder for the logs} work=${3:?a folder for model and pictures}
 export PYTHONPATH="pipeline:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$out" "$work"
 scenario() { timeout "${seconds:-600}" python3 -m tests.gpu.every_card "$@" --model "$work/model" --source "$work/source" --out "$work/runs"; }
@@ -52,6 +53,12 @@ case $what in
     seconds=190 scenario four-replicas --cards "$cards" --rows 120 || true
     seconds=100 scenario balanced --cards "$cards" --cap-gib "$((cards == 4 ? 12 : 16))" --rows 160 || true
     seconds=80 scenario plain-auto --cards "$cards" --rows 96 --sizes 64 48 32 24 || true
+    ;;
+  rest)
+    python3 -m tests.gpu.plan_large "$work/large" || true
+    seconds=110 scenario killed --cards "$cards" --rows 140 || true
+    tail -n 12 "$work/runs/killed.log"
+    seconds=100 scenario plain-auto --cards "$cards" --rows 96 --sizes 16 8 2>&1 | grep -v Loading || true
     ;;
   all)
     [[ -e $work/large ]] || python3 -m tests.gpu.plan_large "$work/large"
