@@ -141,8 +141,10 @@ def _place_in_order(name: str) -> tuple[int, int]:
 
 
 def _is_head_tied(config: Mapping[str, Any]) -> bool:
-    # Before transformers 5 it stood in text_config, where 5 still finds it.
-    return any(section.get("tie_word_embeddings", False) for section in (config, _text(config)))
+    # Before transformers 5 it stood in text_config, where 5 still finds it, but not for GLM-4.6V's classes.
+    is_46v = config.get("model_type") in ("glm46v", "glmga")
+    sections = (config,) if is_46v else (config, _text(config))
+    return any(section.get("tie_word_embeddings", False) for section in sections)
 
 
 def _value_bytes(checkpoint: Checkpoint, dtype: str, tensors: list[tuple[str, StoredTensor]]) -> int:

@@ -100,7 +100,7 @@ class Progress:
         if self._forecast is None:
             return f"replica {replica}"
         devices = self._forecast.placement.replicas[replica].devices
-        return f"replica {replica} on {', '.join(device.torch_name for device in devices)}"
+        return f"replica {replica} on {', '.join(device.label for device in devices)}"
 
     def _note(self, line: str) -> None:
         # Whoever read the progress may be gone, or the terminal closed; the work goes on.
@@ -123,7 +123,7 @@ def _what_became(event: ReplicaReady | ReplicaLost) -> str:
 def _use(use: DeviceUse) -> str:
     """One GPU's memory in GiB, and how busy it is."""
     busy = "" if use.utilisation is None else f" {use.utilisation:.0%}"
-    return f"cuda:{use.index} {use.used_bytes / GIB:.1f}/{use.total_bytes / GIB:.0f} GiB{busy}"
+    return f"GPU {use.index} {use.used_bytes / GIB:.1f}/{use.total_bytes / GIB:.0f} GiB{busy}"
 
 
 def _plan_lines(plan: Plan) -> Iterator[str]:

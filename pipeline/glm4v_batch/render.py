@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from glm4v_batch.forecast import Forecast
     from glm4v_batch.inspection import InspectedRow
     from glm4v_batch.job import Job
+    from glm4v_batch.needs import ModelNeeds
     from glm4v_batch.plan import Plan
     from glm4v_batch.speed import TimeEstimate
     from glm4v_batch.status import Status
@@ -58,7 +59,8 @@ def _forecast_lines(plan: "Plan") -> Iterator[str]:
     yield from (f"device       {_device(device)}" for device in forecast.devices)
     yield f"placement    {forecast.placement.reason}"
     for replica in forecast.placement.replicas:
-        yield from (f"             {line}" for line in _room(replica, job.devices.memory_fraction))
+        lines = _room(replica, forecast.needs, job.devices.memory_fraction)
+        yield from (f"             {line}" for line in lines)
     yield f"requests     {_requests(forecast)}"
     yield f"batch        about {format_count(forecast.batch_size, 'typical request')} at once"
     time = "unknown" if forecast.time is None else time_as_text(forecast.time)
@@ -70,27 +72,35 @@ def _device(device: "Device") -> str:
         "" if device.limit_bytes is None else f", of which the job takes {format_bytes(device.limit_bytes)}"
     )
     return (
-        f"{device.torch_name} {device.name}: {format_bytes(device.total_bytes)}, "
+        f"{device.label}{f', {device.name}' if device.index is not None else ''}: {format_bytes(device.total_bytes)}, "
         f"{format_bytes(device.others_bytes)} held by others{limit}"
     )
 
 
-def _room(replica: "Replica", memory_fraction: float) -> Iterator[str]:
-    for device, weight_bytes in zip(replica.devices, replica.weight_bytes, strict=True):
+def _room(replica: "Replica", needs: "ModelNeeds", memory_fraction: float) -> Iterator[str]:
+    from glm4v_batch.placement import standing_bytes
+
+    standing = standing_bytes(replica, needs)
+    for device, weights, kept in zip(replica.devices, replica.weight_bytes, standing, strict=True):
         budget = int(device.usable_bytes * memory_fraction)
+        passing = f", {format_bytes(kept - weights)} for those passing through" if kept > weights else ""
         yield (
-            f"{device.torch_name}: budget {format_bytes(budget)}, weights {format_bytes(weight_bytes)}, "
-            f"room for batches {format_bytes(budget - weight_bytes)}"
+            f"{device.label}: budget {format_bytes(budget)}, weights {format_bytes(weights)}{passing}, "
+            f"room for batches {format_bytes(budget - kept)}"
         )
 
 
 def _requests(forecast: "Forecast") -> str:
     typical, worst, sampled = forecast.typical, forecast.worst, forecast.survey
     unusable = f", {sampled.num_failed:,} of them unusable" if sampled.num_failed else ""
+    average = (
+        f"on average {typical.prompt_tokens:,} prompt tokens with {typical.visual_patches:,} patches"
+        if sampled.sizes
+        else "none to go by"
+    )
     return (
-        f"{format_count(len(sampled.sizes) + sampled.num_failed, 'row')} sampled{unusable}: on average "
-        f"{typical.prompt_tokens:,} prompt tokens with {typical.visual_patches:,} patches; the largest to be "
-        f"ready for has {worst.prompt_tokens:,} with {worst.visual_patches:,}"
+        f"{format_count(len(sampled.sizes) + sampled.num_failed, 'row')} sampled{unusable}: {average}; the "
+        f"largest to be ready for has {worst.prompt_tokens:,} with {worst.visual_patches:,}"
     )
 
 
@@ -158,7 +168,7 @@ def _run_lines(report: Mapping[str, Any]) -> Iterator[str]:
     for device in report["devices"]:
         busy = device["utilisation_mean"]
         yield (
-            f"cuda:{device['index']} at most {format_bytes(device['peak_used_bytes'])} in use"
+            f"GPU {device['index']}: at most {format_bytes(device['peak_used_bytes'])} in use"
             f"{'' if busy is None else f', busy {busy:.0%} of the time'}"
         )
     plan = report["plan"]

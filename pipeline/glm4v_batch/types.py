@@ -218,7 +218,7 @@ class Device:
 
     index        counts as nvidia-smi does, after CUDA_VISIBLE_DEVICES; None is the CPU
     uuid         how the driver names it, whatever the numbering; empty where it does not tell
-    limit_bytes  the most that the job allows itself here (`devices.memory_limit`), None: no limit
+    limit_bytes  the most that the job allows itself here (`devices.memory_limit_gib`), None: no limit
     """
 
     index: int | None
@@ -238,6 +238,11 @@ class Device:
     def others_bytes(self) -> int:
         """What other processes hold."""
         return self.total_bytes - self.free_bytes
+
+    @property
+    def label(self) -> str:
+        """The device's name for people, as nvidia-smi numbers it."""
+        return "CPU" if self.index is None else f"GPU {self.index}"
 
     @property
     def torch_name(self) -> str:

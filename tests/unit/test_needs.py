@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from glm4v_batch.needs import ModelNeeds, read_needs
-from tests.families import FAMILIES, full_size_model, small_model, stored_layout, write_checkpoint
+from tests.families import FAMILIES, full_size_model, on_device, small_model, stored_layout, write_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -177,3 +178,15 @@ def test_a_token_stands_for_784_pixels_and_4_patches(tmp_path: Path) -> None:
 
     assert needs.pixels_per_token == 28 * 28
     assert needs.patches_per_token == 4
+
+
+@pytest.mark.parametrize("model_type", ["glm4v", "glm46v", "glmga"])
+def test_a_head_is_tied_by_the_key_that_transformers_reads(tmp_path: Path, model_type: str) -> None:
+    config = small_model("glm4v").config.to_dict()
+    config.update(model_type=model_type, tie_word_embeddings=False)
+    config["text_config"]["tie_word_embeddings"] = True
+    model = on_device(CONFIG_MAPPING[model_type].from_dict(config), torch.float32, "meta")
+
+    needs = read_needs(write_checkpoint(tmp_path / "model", config, stored_layout(model)), "auto")
+
+    assert needs.is_head_tied == (model.lm_head.weight is model.get_input_embeddings().weight)

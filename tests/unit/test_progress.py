@@ -62,7 +62,7 @@ def test_the_bar_shows_what_each_card_holds_and_how_busy_it_is(
     with Progress(stream) as shown:
         shown.follow([plan, seen, *others])
 
-    assert "cuda:0 22.0/24 GiB 97%, cuda:2 1.5/24 GiB" in stream.getvalue()
+    assert "GPU 0 22.0/24 GiB 97%, GPU 2 1.5/24 GiB" in stream.getvalue()
 
 
 def test_replicas_that_come_and_go_are_told(tmp_path: Path, make_source: MakeSource) -> None:
