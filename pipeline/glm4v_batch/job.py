@@ -249,6 +249,13 @@ class DeviceSettings(_Section):
             raise ValueError("has no effect where devices.layout is a map: leave it out")
         return value
 
+    @field_validator("offload")
+    @classmethod
+    def _said_by_a_map(cls, value: str, info: ValidationInfo) -> str:
+        if value != "none" and isinstance(info.data.get("layout"), dict):
+            raise ValueError("has no effect where devices.layout is a map: put modules on cpu or disk there")
+        return value
+
 
 class BatchingSettings(_Section):
     """How records are put into batches. None of this changes the output."""

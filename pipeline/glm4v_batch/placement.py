@@ -6,7 +6,7 @@ all, or where the job asks for it.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -114,10 +114,12 @@ def _on_the_cpu(device: Device, demand: Demand) -> Placement:
             "devices.layout and devices.gpus_per_replica spread the model over GPUs, and it runs on the CPU.",
             hint="Leave both at auto, or run where there are GPUs.",
         )
-    replica = lay([device], replace(demand, settings=settings.model_copy(update={"offload": "none"})))
-    if replica is None:
-        raise no_room([device], demand, [device])
-    return _described([device], [replica], demand)
+    if device.limit_bytes is not None or settings.offload != "none":
+        raise PlacementError(
+            "devices.memory_limit_gib and devices.offload are for GPUs, and the model runs on the CPU.",
+            hint="Leave both out, or run where there are GPUs.",
+        )
+    return _described([device], [_laid([device], demand, [device])], demand)
 
 
 def _as_many_as_fit(devices: Sequence[Device], demand: Demand) -> Placement:
@@ -133,8 +135,29 @@ def _as_many_as_fit(devices: Sequence[Device], demand: Demand) -> Placement:
 
 
 def _on_the_fewest(left: Sequence[Device], order: Sequence[Device], demand: Demand) -> Replica | None:
-    groups = (sorted(left[:size], key=order.index) for size in range(1, len(left) + 1))
+    groups = (sorted(group, key=order.index) for group in _groups(left) if _see_each_other(group))
     return next((replica for group in groups if (replica := lay(group, demand)) is not None), None)
+
+
+def _groups(left: Sequence[Device]) -> Iterator[list[Device]]:
+    """The largest of *left*, which stand in order, with ever more of the others, the smallest first.
+
+    So that the next copy finds large ones, too.
+    """
+    smallest_first = sorted(left[1:], key=lambda device: device.usable_bytes)
+    for num_others in range(len(left)):
+        tried: set[tuple[int, ...]] = set()
+        for start in range(len(left) - num_others):
+            others = smallest_first[start : start + num_others]
+            sizes = tuple(device.usable_bytes for device in others)
+            if sizes not in tried:
+                tried.add(sizes)
+                yield [left[0], *others]
+
+
+def _see_each_other(devices: Sequence[Device]) -> bool:
+    # A process can see one MIG device only.
+    return len(devices) == 1 or not any(device.uuid.startswith("MIG-") for device in devices)
 
 
 def _joined(
@@ -170,10 +193,22 @@ def _in_groups(devices: Sequence[Device], demand: Demand) -> Placement:
         )
     each = replace(demand, host_bytes=demand.host_bytes / num_groups)
     groups = [devices[number * size : (number + 1) * size] for number in range(num_groups)]
+    replicas = [replica for group in groups if (replica := _laid_or_none(group, each)) is not None]
+    if len(replicas) == num_groups or (replicas and settings.layout == "auto"):
+        return _described(devices, replicas, demand)
     return _described(devices, [_laid(group, each, devices) for group in groups], demand)
 
 
+def _laid_or_none(group: Sequence[Device], demand: Demand) -> Replica | None:
+    return lay(group, demand) if _see_each_other(group) else None
+
+
 def _laid(group: Sequence[Device], demand: Demand, chosen: Sequence[Device]) -> Replica:
+    if not _see_each_other(group):
+        raise PlacementError(
+            "One copy of the model cannot lie on several MIG devices: a process sees one of them only.",
+            hint="Use larger MIG devices, whole GPUs, or a smaller model.",
+        )
     replica = lay(group, demand)
     if replica is None:
         raise no_room(group, demand, chosen)
@@ -190,6 +225,8 @@ def _by_map(devices: Sequence[Device], demand: Demand, layout: Mapping[str, Spot
     held: Counter[Spot] = Counter()
     for module in demand.needs.modules:
         held[spots[module.name]] += module.weight_bytes
+    if not _see_each_other([by_index[index] for index in indices]):
+        _laid([by_index[index] for index in indices], demand, devices)
     replica = Replica(
         devices=tuple(by_index[index] for index in indices),
         device_map=compact_map(spots),

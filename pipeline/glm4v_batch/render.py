@@ -71,8 +71,9 @@ def _device(device: "Device") -> str:
     limit = (
         "" if device.limit_bytes is None else f", of which the job takes {format_bytes(device.limit_bytes)}"
     )
+    name = device.label if device.index is None else f"{device.label}, {device.name}"
     return (
-        f"{device.label}{f', {device.name}' if device.index is not None else ''}: {format_bytes(device.total_bytes)}, "
+        f"{name}: {format_bytes(device.total_bytes)}, "
         f"{format_bytes(device.others_bytes)} held by others{limit}"
     )
 

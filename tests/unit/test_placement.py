@@ -1,6 +1,7 @@
 """Where the copies of the model go, why, and what is said where they cannot go anywhere."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -408,3 +409,41 @@ def test_what_is_placed_has_room_and_shares_no_card(
         assert sum(replica.weight_bytes) == needs.weight_bytes
         for device, peak in zip(replica.devices, peaks(replica, needs, batch_of(WORST)), strict=True):
             assert peak <= 0.92 * device.free_bytes
+
+
+# Mixed cards and odd settings
+
+
+@pytest.mark.parametrize(
+    ("gib", "num_replicas"),
+    [((24, 24, 16, 16), 2), ((24, 24, 24, 16, 16, 16), 3), ((32, 24, 24, 12, 12), 3)],
+)
+def test_large_cards_are_grouped_with_small_ones_so_that_more_copies_fit(
+    gib: tuple[float, ...], num_replicas: int
+) -> None:
+    placement = place(gpus(*gib), needs_of(layers=60), DeviceSettings(), WORST, TYPICAL)
+
+    assert len(placement.replicas) == num_replicas
+    used = [device.index for replica in placement.replicas for device in replica.devices]
+    assert len(used) == len(set(used))
+
+
+def test_auto_with_a_group_size_leaves_out_groups_without_room() -> None:
+    placement = placed(gpus(24, 24, 8), gpus_per_replica=1)
+
+    assert [replica.devices[0].index for replica in placement.replicas] == [0, 1]
+    assert [device.index for device in placement.idle] == [2]
+
+
+def test_settings_for_gpus_are_refused_on_the_cpu() -> None:
+    assert "are for GPUs, and the model runs on the CPU" in str(refusal([cpu(free=64)], offload="cpu"))
+    limited = replace(cpu(free=64), limit_bytes=1 << 30)
+    assert "are for GPUs, and the model runs on the CPU" in str(refusal([limited]))
+
+
+def test_one_copy_is_never_laid_over_mig_devices() -> None:
+    slices = [replace(device, uuid=f"MIG-{device.index}") for device in gpus(12, 12, 12)]
+
+    assert "several MIG devices" in str(refusal(slices, layout="balanced"))
+    assert "several MIG devices" in str(refusal(slices))
+    assert indices(placed([replace(slices[0], uuid="MIG-0"), *gpus(0, 24)[1:]])) == [[1]]
