@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from glm4v_batch.device_map import compact_map
 from glm4v_batch.job import DeviceSettings
@@ -32,6 +33,7 @@ class Demand:
     worst: RequestSize
     typical: RequestSize
     host_bytes: float
+    image_patches: float = inf
 
 
 def budget_bytes(device: Device, settings: DeviceSettings) -> int:

@@ -31,18 +31,19 @@ def place(
     worst: RequestSize,
     typical: RequestSize,
     host: Device | None = None,
+    image_patches: float = inf,
 ) -> Placement:
     """Where the copies of the model go on *devices*, those that `devices.use` names, in its order.
 
     Every device of a copy has room for its weights and one *worst* request within `memory_fraction`
     of what it may use; layers are spread so that batches of *typical* requests can be largest. Only
     `auto` passes over a device that a copy has no room on; the other layouts are refused then. What
-    gets no module is idle. *host*, the CPU, bounds what may lie in host memory; None: no bound. Raises
-    PlacementError with the numbers where something does not fit, JobError where the job's own map is
-    wrong.
+    gets no module is idle. *host*, the CPU, bounds what may lie in host memory; None: no bound.
+    *image_patches* is the most that one image may have. Raises PlacementError with the numbers where
+    something does not fit, JobError where the job's own map is wrong.
     """
     host_bytes = inf if host is None else budget_bytes(host, settings)
-    demand = Demand(needs, settings, worst, typical, host_bytes)
+    demand = Demand(needs, settings, worst, typical, host_bytes, image_patches)
     if devices[0].index is None:
         return _on_the_cpu(devices[0], demand)
     if isinstance(settings.layout, Mapping):

@@ -13,6 +13,7 @@ from glm4v_batch.types import Device, RequestSize
 from glm4v_batch.units import format_bytes
 
 _MOST_GPUS = 64
+_USUAL_FRACTION = 0.92
 # An image of fewer visual tokens is a thumbnail.
 _LEAST_TOKENS = 64
 
@@ -27,6 +28,8 @@ def no_room(devices: Sequence[Device], demand: Demand, chosen: Sequence[Device])
         f"{worst.new_tokens:,} new tokens)."
     )
     lines = [f"  {_described(device, demand.settings)}" for device in devices]
+    if demand.settings.offload == "cpu":
+        lines.append(f"  host memory: room for {format_bytes(demand.host_bytes)} of offloaded weights")
     return PlacementError("\n".join([message, *lines]), hint=_hint(devices, demand, chosen))
 
 
@@ -39,9 +42,11 @@ def overfull(devices: Sequence[Device], predicted_bytes: Sequence[int], demand: 
         f"  {_described(device, demand.settings)}; would take {format_bytes(taken)}"
         for device, taken in zip(devices, predicted_bytes, strict=True)
     ]
+    automatic = replace(demand, settings=demand.settings.model_copy(update={"layout": "auto"}))
+    hint = "Move modules to another GPU, or leave devices.layout at auto."
     return PlacementError(
         "\n".join(["devices.layout leaves a GPU without room for the largest request:", *lines]),
-        hint="Move modules to another GPU, or leave devices.layout at auto.",
+        hint=hint if has_room(devices, automatic) else _hint(devices, automatic, devices),
     )
 
 
@@ -71,10 +76,17 @@ def _hint(devices: Sequence[Device], demand: Demand, chosen: Sequence[Device]) -
 
 def _more_memory(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
     unlimited = [replace(device, limit_bytes=None) for device in devices]
+    freed = [replace(device, free_bytes=device.total_bytes) for device in devices]
     if has_room(unlimited, demand):
         yield "raise devices.memory_limit_gib"
-    elif has_room([replace(device, free_bytes=device.total_bytes) for device in unlimited], demand):
+    elif has_room(freed, demand):
         yield "free the memory that others hold"
+    elif has_room([replace(device, limit_bytes=None) for device in freed], demand):
+        yield "free the memory that others hold and raise devices.memory_limit_gib"
+    usual = demand.settings.model_copy(update={"memory_fraction": _USUAL_FRACTION})
+    is_low = demand.settings.memory_fraction < _USUAL_FRACTION
+    if is_low and has_room(devices, replace(demand, settings=usual)):
+        yield f"raise devices.memory_fraction to {_USUAL_FRACTION}"
 
 
 def _more_devices(devices: Sequence[Device], demand: Demand, chosen: Sequence[Device]) -> Iterator[str]:
@@ -85,11 +97,15 @@ def _more_devices(devices: Sequence[Device], demand: Demand, chosen: Sequence[De
     too_few = largest(lambda count: not has_room([best] * count, demand), _MOST_GPUS)
     if best.index is not None and too_few < _MOST_GPUS:
         room = best.free_bytes if best.limit_bytes is None else min(best.free_bytes, best.limit_bytes)
-        yield f"use {too_few + 1} GPUs with {format_bytes(room)} each"
+        grouped = demand.settings.layout == "replicas" or demand.settings.gpus_per_replica != "auto"
+        setting = f" and set devices.gpus_per_replica: {too_few + 1}" if grouped else ""
+        yield f"use {too_few + 1} GPUs with {format_bytes(room)} each{setting}"
 
 
 def _smaller_requests(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
     needs, worst = demand.needs, demand.worst
+    if worst.visual_patches > demand.image_patches:
+        return  # several images, of which the limit bounds each alone
     num_tokens = worst.visual_patches // needs.patches_per_token
 
     def fits(fewer_tokens: int) -> bool:
@@ -129,8 +145,10 @@ def _halved(module: ModuleNeed) -> ModuleNeed:
 
 
 def _offloading(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
-    if devices[0].index is None or demand.settings.offload != "none":
+    if devices[0].index is None or demand.settings.offload == "disk":
         return
-    settings = demand.settings.model_copy(update={"offload": "cpu"})
-    if has_room(devices, replace(demand, settings=settings)):
-        yield "set devices.offload: cpu, which is much slower"
+    for place in ("cpu", "disk"):
+        settings = demand.settings.model_copy(update={"offload": place})
+        if has_room(devices, replace(demand, settings=settings)):
+            yield f"set devices.offload: {place}, which is much slower"
+            return

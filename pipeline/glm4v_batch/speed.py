@@ -101,9 +101,10 @@ def _without_first(runs: Sequence[BatchRun]) -> list[BatchRun]:
     return [run for place, run in enumerate(runs) if place != first[run.replica]]
 
 
-def prior_seconds(config: Mapping[str, Any], device: Device) -> FloatArray:
+def prior_seconds(config: Mapping[str, Any], device: Device, fetching_seconds: float = 0.0) -> FloatArray:
     """Seconds per decode step, visual patch, padded token and written token, [features]: a guess.
 
+    *fetching_seconds* is what each step takes on top to fetch offloaded weights.
     *config* is a checkpoint's config.json; what it leaves out counts as in GLM-4.1V-9B. Each weight is
     two operations for whatever passes it; attention's products are left out. That makes 25.1 of the
     27.8 TFLOP that GLM-4.1V-9B takes for 3,996 patches, a prompt of 1,041 and an answer of 128 tokens.
@@ -117,7 +118,7 @@ def prior_seconds(config: Mapping[str, Any], device: Device) -> FloatArray:
     token = num_layers * _layer_weights(text)
     head = text.get("hidden_size", 4096) * text.get("vocab_size", 151552)
     patch = _patch_weights(config.get("vision_config", {}), text)
-    step_seconds = _STEP_SECONDS_PER_LAYER * num_layers
+    step_seconds = _STEP_SECONDS_PER_LAYER * num_layers + fetching_seconds
     return np.array([step_seconds, *(2 * weights / speed for weights in (patch, token, token + head))])
 
 

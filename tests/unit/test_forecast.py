@@ -1,15 +1,17 @@
 """What a run is expected to be like, and that earlier runs make it better known."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from glm4v_batch.forecast import Forecast, context_of
+from glm4v_batch.forecast import Forecast, context_of, fetching_seconds
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.output import locked
 from glm4v_batch.plan import make_plan, open_job
 from glm4v_batch.report import Report
+from glm4v_batch.speed import prior_seconds
 from glm4v_batch.types import BatchRun, BatchShape, Replica, ReplicaReady
 from tests.cards import glm_41v, gpu
 from tests.conftest import MakeSource
@@ -31,9 +33,9 @@ def forecast_of(job: Job, limit: int | None = None) -> Forecast:
 
 
 def run(size: int, seconds: float) -> BatchRun:
-    """A batch of *size* requests as the source has them, which took 100 MiB for each."""
+    """A batch of *size* requests as the source has them, which took 1 GiB for each."""
     shape = BatchShape(size, size * 25, size * 36, size * 89, size * 625)
-    peak_bytes = (1 << 28) + size * (100 << 20)
+    peak_bytes = (1 << 28) + size * (1 << 30)
     return BatchRun(shape, (1 << 28,), (peak_bytes,), (10 << 30,), False, seconds, size * 25, size * 64)
 
 
@@ -62,8 +64,9 @@ def test_what_earlier_batches_measured_replaces_the_guess(job: Job) -> None:
 
     assert measured.time is not None
     assert measured.time.is_measured
-    # Three seconds of loading, then one batch.
-    assert measured.time.low_seconds < 3 + 0.3 + 48 * 0.03 < measured.time.high_seconds
+    # Three seconds of loading, then batches of as many as fit at 1 GiB each.
+    num_batches = math.ceil(48 / measured.batch_size)
+    assert measured.time.low_seconds < 3 + 0.3 * num_batches + 48 * 0.03 < measured.time.high_seconds
     assert measured.time.high_seconds < guessed.time.high_seconds
     assert measured.batch_size < guessed.batch_size
     assert len(measured.samples(0)) == 16
@@ -107,3 +110,15 @@ def test_replicas_on_equal_cards_learn_from_each_other_and_others_do_not() -> No
     assert contexts[0] == contexts[1]
     assert len(set(contexts)) == 4
     assert context_of(replace(needs, bytes_per_value=4), whole) != contexts[0]
+
+
+def test_offloaded_weights_are_fetched_in_every_step() -> None:
+    needs = glm_41v()
+    replica = Replica((gpu(0, 24),), {"model": 0, "lm_head": "cpu"}, (1,), offloaded_bytes=13 * 10**9)
+
+    prior = prior_seconds(needs.config, replica.devices[0])
+    fetching = prior_seconds(needs.config, replica.devices[0], fetching_seconds(replica))
+
+    assert fetching[0] - prior[0] == pytest.approx(2.0)
+    assert fetching[1:] == pytest.approx(prior[1:])
+    assert fetching_seconds(replace(replica, device_map={"": "disk"})) > fetching_seconds(replica)

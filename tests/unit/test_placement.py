@@ -447,3 +447,34 @@ def test_one_copy_is_never_laid_over_mig_devices() -> None:
     assert "several MIG devices" in str(refusal(slices, layout="balanced"))
     assert "several MIG devices" in str(refusal(slices))
     assert indices(placed([replace(slices[0], uuid="MIG-0"), *gpus(0, 24)[1:]])) == [[1]]
+
+
+def test_advice_for_groups_names_the_setting_of_groups_and_helps() -> None:
+    hint = refusal(gpus(12, 12), layout="replicas").hint
+
+    assert "use 3 GPUs with 12.00 GiB each and set devices.gpus_per_replica: 3" in hint
+    assert placed(gpus(12, 12, 12), layout="replicas", gpus_per_replica=3).replicas
+
+
+def test_the_pixel_limit_is_no_remedy_for_several_images() -> None:
+    four = RequestSize(4 * WORST.prompt_tokens, 4 * WORST.visual_patches, WORST.new_tokens)
+
+    with pytest.raises(PlacementError) as caught:
+        place(gpus(24), glm_41v(), DeviceSettings(), four, TYPICAL, image_patches=WORST.visual_patches)
+
+    assert "images.max_pixels" not in caught.value.hint
+
+
+def test_advice_tells_of_a_limit_that_must_rise_too_and_of_a_low_fraction() -> None:
+    crowded = [gpu(0, 24, free=10, limit=16)]
+
+    assert "free the memory that others hold and raise devices.memory_limit_gib" in refusal(crowded).hint
+    assert "raise devices.memory_fraction to 0.92" in refusal(gpus(24), memory_fraction=0.8).hint
+
+
+def test_host_memory_without_room_is_told_and_the_disk_advised() -> None:
+    error = refusal(gpus(8), offload="cpu", host=cpu(free=8))
+
+    assert "host memory: room for 7.36 GiB of offloaded weights" in str(error)
+    assert "set devices.offload: disk" in error.hint
+    assert placed(gpus(8), offload="disk", host=cpu(free=8)).replicas
