@@ -7,6 +7,7 @@ in a process that ends with its answer.
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -22,6 +23,8 @@ from glm4v_batch.types import Device
 
 Use = Literal["all", "cpu"] | Sequence[int]
 """What `devices.use` says: all GPUs, the CPU, or GPUs by number."""
+
+_log = logging.getLogger(__name__)
 
 _DEV = Path("/dev")
 _TORCH_SECONDS = 300  # importing torch from a cold network file system takes minutes
@@ -61,8 +64,9 @@ def find_devices(use: Use, limit_bytes: int | None = None) -> tuple[Device, ...]
 
     GPUs are numbered from 0 among those that CUDA_VISIBLE_DEVICES leaves, in its order; without it as
     nvidia-smi numbers them, the MIG devices of a GPU in its place. *limit_bytes* is the most that the
-    job allows itself on each device. Raises PlacementError where *use* names a GPU that is not there
-    or that its driver cannot read.
+    job allows itself on each device. GPUs that their driver cannot read are passed over with a warning.
+    Raises PlacementError where *use* names one by its number, or one that is not there, and where no
+    GPU can be read.
     """
     found = () if use == "cpu" else _find_gpus()
     wanted = range(len(found)) if isinstance(use, str) else use
@@ -74,7 +78,17 @@ def find_devices(use: Use, limit_bytes: int | None = None) -> tuple[Device, ...]
     if not wanted:
         memory = host_memory()
         return (Device(None, "CPU", memory.total_bytes, memory.free_bytes, limit_bytes=limit_bytes),)
+    if use == "all":
+        wanted = _sound(found) or wanted
     return tuple(_device(index, found[index], limit_bytes) for index in wanted)
+
+
+def _sound(gpus: Sequence[Gpu]) -> list[int]:
+    """The numbers of those that can be read; each of the others is named in the log."""
+    for index, gpu in enumerate(gpus):
+        if gpu.trouble:
+            _log.warning("GPU %d is left out, its driver says: %s", index, gpu.trouble)
+    return [index for index, gpu in enumerate(gpus) if not gpu.trouble]
 
 
 def _gpus_there(count: int) -> str:

@@ -43,6 +43,7 @@ PART_COLUMNS = (
 """The columns that every part has, before those that the job passes through."""
 
 _MAX_MISTAKES = 50
+_MAPS: frozenset[Location] = frozenset({("devices", "layout")})
 
 Text = Annotated[str, Field(min_length=1)]
 _Names = Annotated[tuple[Text, ...], BeforeValidator(lambda value: _as_tuple(value))]
@@ -375,7 +376,7 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     """
     document = read_yaml(path)
     for option in overrides:
-        set_value(document, option)
+        set_value(document, option, maps=_MAPS)
     mistakes = list(document.mistakes)
     try:
         job = Job.model_validate(document.values)

@@ -25,7 +25,8 @@ _STRATEGIES: Mapping[str, Strategy] = {"balanced_low_0": balanced_low_0, "sequen
 class Demand:
     """What is to be placed, and how: the model, the job's wishes, its largest and its usual request.
 
-    *host_bytes* is what each copy of the model may keep in host memory.
+    *host_bytes* is what each copy of the model may keep in host memory, *image_patches* the most that one
+    image may have.
     """
 
     needs: ModelNeeds
@@ -84,7 +85,8 @@ def _packed(
     whole_vision: bool,
 ) -> Packing | None:
     needs, budgets = demand.needs, [budget_bytes(device, demand.settings) for device in devices]
-    kept = replace(needs, modules=tuple(module for module in needs.modules if module not in offloaded))
+    away = set(offloaded)
+    kept = replace(needs, modules=tuple(module for module in needs.modules if module not in away))
     costs = RunCosts(needs, pieces_of(kept, whole_vision=whole_vision), offloaded)
     return strategy(costs, budgets, demand.worst, demand.typical)
 

@@ -6,13 +6,13 @@ all, or where the job asks for it.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from math import inf
+from collections.abc import Mapping, Sequence
+from math import ceil, inf
 
 from glm4v_batch.activations import DeviceShare, FloatArray, prior_coefficients
 from glm4v_batch.device_map import check_map, compact_map, spots_of
 from glm4v_batch.errors import PlacementError
+from glm4v_batch.groups import able_to_share, fewest, for_each, groups_of, refuse_shared_mig, without_offload
 from glm4v_batch.job import DeviceSettings
 from glm4v_batch.layouts import Demand, budget_bytes, lay
 from glm4v_batch.memory import MemoryModel
@@ -48,7 +48,7 @@ def place(
         return _on_the_cpu(devices[0], demand)
     if isinstance(settings.layout, Mapping):
         return _by_map(devices, demand, settings.layout)
-    if settings.layout == "auto" and settings.gpus_per_replica == "auto":
+    if settings.layout == "auto":
         return _as_many_as_fit(devices, demand)
     return _in_groups(devices, demand)
 
@@ -120,45 +120,27 @@ def _on_the_cpu(device: Device, demand: Demand) -> Placement:
             "devices.memory_limit_gib and devices.offload are for GPUs, and the model runs on the CPU.",
             hint="Leave both out, or run where there are GPUs.",
         )
-    return _described([device], [_laid([device], demand, [device])], demand)
+    replica = lay([device], demand)
+    if replica is None:
+        raise no_room([device], demand, [device])
+    return _described([device], [replica], demand)
 
 
 def _as_many_as_fit(devices: Sequence[Device], demand: Demand) -> Placement:
-    on_devices = replace(demand, settings=demand.settings.model_copy(update={"offload": "none"}))
-    left = sorted(devices, key=lambda device: -budget_bytes(device, demand.settings))
+    on_devices, number = without_offload(demand), demand.settings.gpus_per_replica
+    sizes = range(1, len(devices) + 1) if number == "auto" else [number]
+    left = list(devices)
     replicas: list[Replica] = []
-    while (replica := _on_the_fewest(left, devices, on_devices)) is not None:
+    while (group := fewest(left, devices, on_devices, sizes)) is not None:
+        replica = lay(group, on_devices)
+        assert replica is not None, "what has room can be laid"
         replicas.append(replica)
         left = [device for device in left if device not in replica.devices]
     if not replicas:
         return _in_groups(devices, demand)
-    return _described(devices, _joined(replicas, left, devices, on_devices), demand)
-
-
-def _on_the_fewest(left: Sequence[Device], order: Sequence[Device], demand: Demand) -> Replica | None:
-    groups = (sorted(group, key=order.index) for group in _groups(left) if _see_each_other(group))
-    return next((replica for group in groups if (replica := lay(group, demand)) is not None), None)
-
-
-def _groups(left: Sequence[Device]) -> Iterator[list[Device]]:
-    """The largest of *left*, which stand in order, with ever more of the others, the smallest first.
-
-    So that the next copy finds large ones, too.
-    """
-    smallest_first = sorted(left[1:], key=lambda device: device.usable_bytes)
-    for num_others in range(len(left)):
-        tried: set[tuple[int, ...]] = set()
-        for start in range(len(left) - num_others):
-            others = smallest_first[start : start + num_others]
-            sizes = tuple(device.usable_bytes for device in others)
-            if sizes not in tried:
-                tried.add(sizes)
-                yield [left[0], *others]
-
-
-def _see_each_other(devices: Sequence[Device]) -> bool:
-    # A process can see one MIG device only.
-    return len(devices) == 1 or not any(device.uuid.startswith("MIG-") for device in devices)
+    if number == "auto":
+        replicas = _joined(replicas, able_to_share(left), devices, on_devices)
+    return _described(devices, replicas, demand)
 
 
 def _joined(
@@ -182,38 +164,14 @@ def _joined(
 
 
 def _in_groups(devices: Sequence[Device], demand: Demand) -> Placement:
-    settings = demand.settings
-    size = settings.gpus_per_replica
-    if size == "auto":
-        size = 1 if settings.layout == "replicas" else len(devices)
-    num_groups, num_over = divmod(len(devices), size)
-    if num_groups == 0 or (num_over and settings.layout != "auto"):
-        raise PlacementError(
-            f"devices.gpus_per_replica is {size}, and {len(devices)} GPUs cannot be divided so.",
-            hint="Name a multiple of it in devices.use, or choose another number.",
-        )
-    each = replace(demand, host_bytes=demand.host_bytes / num_groups)
-    groups = [devices[number * size : (number + 1) * size] for number in range(num_groups)]
-    replicas = [replica for group in groups if (replica := _laid_or_none(group, each)) is not None]
-    if len(replicas) == num_groups or (replicas and settings.layout == "auto"):
-        return _described(devices, replicas, demand)
-    return _described(devices, [_laid(group, each, devices) for group in groups], demand)
-
-
-def _laid_or_none(group: Sequence[Device], demand: Demand) -> Replica | None:
-    return lay(group, demand) if _see_each_other(group) else None
-
-
-def _laid(group: Sequence[Device], demand: Demand, chosen: Sequence[Device]) -> Replica:
-    if not _see_each_other(group):
-        raise PlacementError(
-            "One copy of the model cannot lie on several MIG devices: a process sees one of them only.",
-            hint="Use larger MIG devices, whole GPUs, or a smaller model.",
-        )
-    replica = lay(group, demand)
-    if replica is None:
-        raise no_room(group, demand, chosen)
-    return replica
+    groups = groups_of(devices, demand.settings)
+    each = for_each(demand, len(groups))
+    laid = [lay(group, each) for group in groups]
+    replicas = [replica for replica in laid if replica is not None]
+    may_pass_over = demand.settings.layout == "auto" and replicas
+    if len(replicas) < len(groups) and not may_pass_over:
+        raise no_room(groups[laid.index(None)], demand, devices)
+    return _described(devices, replicas, demand)
 
 
 def _by_map(devices: Sequence[Device], demand: Demand, layout: Mapping[str, Spot]) -> Placement:
@@ -226,24 +184,28 @@ def _by_map(devices: Sequence[Device], demand: Demand, layout: Mapping[str, Spot
     held: Counter[Spot] = Counter()
     for module in demand.needs.modules:
         held[spots[module.name]] += module.weight_bytes
-    if not _see_each_other([by_index[index] for index in indices]):
-        _laid([by_index[index] for index in indices], demand, devices)
     replica = Replica(
         devices=tuple(by_index[index] for index in indices),
         device_map=compact_map(spots),
         weight_bytes=tuple(held[position] for position in range(len(indices))),
         offloaded_bytes=held["cpu"] + held["disk"],
     )
-    _refuse_overfull(replica, demand, held["cpu"])
+    refuse_shared_mig(replica.devices)
+    _refuse_overfull(replica, devices, demand, held["cpu"])
     return _described(devices, [replica], demand)
 
 
-def _refuse_overfull(replica: Replica, demand: Demand, host_bytes: int) -> None:
-    memory = MemoryModel(standing_bytes(replica, demand.needs), priors(replica, demand.needs))
+def _refuse_overfull(replica: Replica, chosen: Sequence[Device], demand: Demand, host_bytes: int) -> None:
+    fixed = standing_bytes(replica, demand.needs)
+    memory = MemoryModel(fixed, priors(replica, demand.needs))
     memory.trust = 1.0
     worst = batch_of(demand.worst)
     if not memory.fits(worst, [budget_bytes(device, demand.settings) for device in replica.devices]):
-        raise overfull(replica.devices, memory.predict(worst), demand)
+        taken = [
+            held + ceil((predicted - held) * (1 + memory.margin))
+            for held, predicted in zip(fixed, memory.predict(worst), strict=True)
+        ]
+        raise overfull(replica.devices, taken, demand, chosen)
     if host_bytes > demand.host_bytes:
         raise PlacementError(
             f"devices.layout puts {format_bytes(host_bytes)} of weights into host memory, "

@@ -4,13 +4,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from glm4v_batch.activations import prior_coefficients
 from glm4v_batch.device_map import spots_of
 from glm4v_batch.job import DeviceSettings
 from glm4v_batch.layouts import Demand
-from glm4v_batch.memory import MemoryModel
 from glm4v_batch.needs import ModelNeeds
-from glm4v_batch.packing import batch_of
+from glm4v_batch.packing import RunCosts, batch_of
 from glm4v_batch.types import Device, Replica
 from glm4v_batch.units import format_bytes, format_count
 
@@ -28,10 +26,9 @@ def reason_of(replicas: Sequence[Replica], idle: Sequence[Device], demand: Deman
 
 
 def request_bytes(demand: Demand) -> int:
-    """What the worst request takes beside the weights on a device that does everything."""
+    """What the worst request takes beside the weights on a device that does everything, margin included."""
     needs = demand.needs
-    memory = MemoryModel((needs.weight_bytes,), (prior_coefficients(needs.config, needs.bytes_per_value),))
-    return memory.predict(batch_of(demand.worst))[0] - needs.weight_bytes
+    return RunCosts(needs, (needs.modules,)).of(0, 1, (batch_of(demand.worst),)) - needs.weight_bytes
 
 
 def names_of(devices: Sequence[Device]) -> str:

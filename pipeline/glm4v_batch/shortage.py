@@ -4,22 +4,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from glm4v_batch.errors import PlacementError
+from glm4v_batch.groups import able_to_share, finds_room
 from glm4v_batch.job import DeviceSettings
-from glm4v_batch.layouts import Demand, budget_bytes, has_room
+from glm4v_batch.layouts import Demand, budget_bytes
 from glm4v_batch.needs import ModuleNeed
 from glm4v_batch.packing import largest
 from glm4v_batch.reasons import names_of, request_bytes
 from glm4v_batch.types import Device, RequestSize
-from glm4v_batch.units import format_bytes
+from glm4v_batch.units import format_bytes, format_count
 
 _MOST_GPUS = 64
-_USUAL_FRACTION = 0.92
 # An image of fewer visual tokens is a thumbnail.
 _LEAST_TOKENS = 64
+_LEAST_NEW_TOKENS = 16
 
 
 def no_room(devices: Sequence[Device], demand: Demand, chosen: Sequence[Device]) -> PlacementError:
-    """What to raise where a copy finds no room on *devices*, which are some or all of those *chosen*."""
+    """What to raise where a copy finds no room on *devices*, which are some or all of those *chosen*.
+
+    What the hint proposes was tried: with it, all that the job asks for finds room on those *chosen*.
+    """
     needs, worst = demand.needs, demand.worst
     message = (
         f"The model does not fit on {names_of(devices)}: it takes {format_bytes(needs.weight_bytes)} for its "
@@ -30,23 +34,25 @@ def no_room(devices: Sequence[Device], demand: Demand, chosen: Sequence[Device])
     lines = [f"  {_described(device, demand.settings)}" for device in devices]
     if demand.settings.offload == "cpu":
         lines.append(f"  host memory: room for {format_bytes(demand.host_bytes)} of offloaded weights")
-    return PlacementError("\n".join([message, *lines]), hint=_hint(devices, demand, chosen))
+    if len(chosen) - len(able_to_share(chosen)) > 1:
+        lines.append("  One copy cannot lie on several MIG devices: a process sees one of them only.")
+    return PlacementError("\n".join([message, *lines]), hint=_hint(chosen, demand))
 
 
-def overfull(devices: Sequence[Device], predicted_bytes: Sequence[int], demand: Demand) -> PlacementError:
-    """What to raise where the job's own map puts too much on one of *devices*.
+def overfull(
+    devices: Sequence[Device], taken_bytes: Sequence[int], demand: Demand, chosen: Sequence[Device]
+) -> PlacementError:
+    """What to raise where the job's own map puts too much on one of *devices*, some of those *chosen*.
 
-    *predicted_bytes* is what each of them would take with the largest request.
+    *taken_bytes* is what each of them would take with the largest request, margin included.
     """
     lines = [
         f"  {_described(device, demand.settings)}; would take {format_bytes(taken)}"
-        for device, taken in zip(devices, predicted_bytes, strict=True)
+        for device, taken in zip(devices, taken_bytes, strict=True)
     ]
-    automatic = replace(demand, settings=demand.settings.model_copy(update={"layout": "auto"}))
-    hint = "Move modules to another GPU, or leave devices.layout at auto."
     return PlacementError(
         "\n".join(["devices.layout leaves a GPU without room for the largest request:", *lines]),
-        hint=hint if has_room(devices, automatic) else _hint(devices, automatic, devices),
+        hint=f"Move modules to another GPU{_or_auto(chosen, demand)}.",
     )
 
 
@@ -60,49 +66,84 @@ def _described(device: Device, settings: DeviceSettings) -> str:
     )
 
 
-def _hint(devices: Sequence[Device], demand: Demand, chosen: Sequence[Device]) -> str:
+def _or_auto(chosen: Sequence[Device], demand: Demand) -> str:
+    would_do = finds_room(chosen, _with(demand, layout="auto"))
+    return ", or leave devices.layout at auto" if would_do else ", to cpu or to disk"
+
+
+def _hint(devices: Sequence[Device], demand: Demand) -> str:
     remedies = [
         *_more_memory(devices, demand),
-        *_more_devices(devices, demand, chosen),
+        *_more_devices(devices, demand),
         *_smaller_requests(devices, demand),
         *_smaller_weights(devices, demand),
         *_offloading(devices, demand),
     ]
     if not remedies:
-        return "Use a smaller model, or larger GPUs."
+        on_cpu = devices[0].index is None
+        return f"Use a smaller model, or {'a machine with more memory' if on_cpu else 'larger GPUs'}."
     *others, last = remedies
     return f"One of these would do: {'; '.join(others)}; or {last}." if others else f"This would do: {last}."
 
 
+def _with(demand: Demand, **settings: object) -> Demand:
+    return replace(demand, settings=demand.settings.model_copy(update=settings))
+
+
 def _more_memory(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
+    fraction: float = DeviceSettings.model_fields["memory_fraction"].default
+    if demand.settings.memory_fraction < fraction and finds_room(
+        devices, _with(demand, memory_fraction=fraction)
+    ):
+        yield f"raise devices.memory_fraction to {fraction:g}"
     unlimited = [replace(device, limit_bytes=None) for device in devices]
     freed = [replace(device, free_bytes=device.total_bytes) for device in devices]
-    if has_room(unlimited, demand):
-        yield "raise devices.memory_limit_gib"
-    elif has_room(freed, demand):
-        yield "free the memory that others hold"
-    elif has_room([replace(device, limit_bytes=None) for device in freed], demand):
-        yield "free the memory that others hold and raise devices.memory_limit_gib"
-    usual = demand.settings.model_copy(update={"memory_fraction": _USUAL_FRACTION})
-    is_low = demand.settings.memory_fraction < _USUAL_FRACTION
-    if is_low and has_room(devices, replace(demand, settings=usual)):
-        yield f"raise devices.memory_fraction to {_USUAL_FRACTION}"
+    both = [replace(device, limit_bytes=None) for device in freed]
+    remedies = {
+        "raise devices.memory_limit_gib": unlimited,
+        "free the memory that others hold": freed,
+    }
+    enough = [remedy for remedy, changed in remedies.items() if finds_room(changed, demand)]
+    if not enough and finds_room(both, demand):
+        enough = ["free the memory that others hold and raise devices.memory_limit_gib"]
+    yield from enough
 
 
-def _more_devices(devices: Sequence[Device], demand: Demand, chosen: Sequence[Device]) -> Iterator[str]:
-    if len(chosen) > len(devices) and has_room(chosen, demand):
+def _more_devices(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
+    settings = demand.settings
+    if finds_room(devices, _with(demand, layout="auto", gpus_per_replica="auto")):
         yield "leave devices.layout and devices.gpus_per_replica at auto"
         return
-    best = max(devices, key=lambda device: device.usable_bytes)
-    too_few = largest(lambda count: not has_room([best] * count, demand), _MOST_GPUS)
-    if best.index is not None and too_few < _MOST_GPUS:
+    able = [device for device in able_to_share(devices) if device.index is not None]
+    if not able:
+        return
+    best = max(able, key=lambda device: device.usable_bytes)
+    is_sized = settings.gpus_per_replica != "auto" or settings.layout == "replicas"
+
+    def too_few(count: int) -> bool:
+        size = count if is_sized else "auto"
+        return not finds_room([best] * count, _with(demand, gpus_per_replica=size))
+
+    count = largest(too_few, _MOST_GPUS) + 1
+    if count <= _MOST_GPUS:
         room = best.free_bytes if best.limit_bytes is None else min(best.free_bytes, best.limit_bytes)
-        grouped = demand.settings.layout == "replicas" or demand.settings.gpus_per_replica != "auto"
-        setting = f" and set devices.gpus_per_replica: {too_few + 1}" if grouped else ""
-        yield f"use {too_few + 1} GPUs with {format_bytes(room)} each{setting}"
+        sized = f" and set devices.gpus_per_replica: {count}" if is_sized else ""
+        yield f"use {format_count(count, 'GPU')} with {format_bytes(room)} each{sized}"
 
 
 def _smaller_requests(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
+    yield from _smaller_images(devices, demand)
+    worst = demand.worst
+
+    def fits(new_tokens: int) -> bool:
+        return finds_room(devices, replace(demand, worst=replace(worst, new_tokens=new_tokens)))
+
+    enough = largest(fits, worst.new_tokens)
+    if enough >= _LEAST_NEW_TOKENS:
+        yield f"lower generation.max_new_tokens to {_rounded(enough)}"
+
+
+def _smaller_images(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
     needs, worst = demand.needs, demand.worst
     if worst.visual_patches > demand.image_patches:
         return  # several images, of which the limit bounds each alone
@@ -111,17 +152,17 @@ def _smaller_requests(devices: Sequence[Device], demand: Demand) -> Iterator[str
     def fits(fewer_tokens: int) -> bool:
         prompt_tokens = worst.prompt_tokens - num_tokens + fewer_tokens
         smaller = RequestSize(prompt_tokens, fewer_tokens * needs.patches_per_token, worst.new_tokens)
-        return has_room(devices, replace(demand, worst=smaller))
+        return finds_room(devices, replace(demand, worst=smaller))
 
     enough = largest(fits, num_tokens)
     if enough >= _LEAST_TOKENS:
         yield f"lower images.max_pixels to {_rounded(enough * needs.pixels_per_token)}"
 
 
-def _rounded(pixels: int) -> int:
-    """*pixels*, all digits but the first two made 0."""
-    step: int = 10 ** max(0, len(str(pixels)) - 2)
-    return pixels // step * step
+def _rounded(number: int) -> int:
+    """*number*, all digits but the first two made 0."""
+    step: int = 10 ** max(0, len(str(number)) - 2)
+    return number // step * step
 
 
 def _smaller_weights(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
@@ -136,7 +177,7 @@ def _smaller_weights(devices: Sequence[Device], demand: Demand) -> Iterator[str]
         smaller = replace(needs, modules=tuple(halved))
     else:
         return
-    if has_room(devices, replace(demand, needs=smaller)):
+    if finds_room(devices, replace(demand, needs=smaller)):
         yield f"{remedy} (about {format_bytes(smaller.weight_bytes)} of weights)"
 
 
@@ -145,10 +186,10 @@ def _halved(module: ModuleNeed) -> ModuleNeed:
 
 
 def _offloading(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
-    if devices[0].index is None or demand.settings.offload == "disk":
+    if devices[0].index is None:
         return
-    for place in ("cpu", "disk"):
-        settings = demand.settings.model_copy(update={"offload": place})
-        if has_room(devices, replace(demand, settings=settings)):
+    further = {"none": ("cpu", "disk"), "cpu": ("disk",), "disk": ()}[demand.settings.offload]
+    for place in further:
+        if finds_room(devices, _with(demand, offload=place)):
             yield f"set devices.offload: {place}, which is much slower"
             return

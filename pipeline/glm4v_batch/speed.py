@@ -113,11 +113,11 @@ def prior_seconds(config: Mapping[str, Any], device: Device, fetching_seconds: f
     is bound by launches from Python: 46 to 185 ms were measured for 40 layers.
     """
     speed = _CPU_FLOPS_PER_SECOND if device.index is None else _GPU_FLOPS_PER_SECOND
-    text: Mapping[str, Any] = config.get("text_config", config)
+    text: Mapping[str, Any] = config.get("text_config") or config
     num_layers: int = text.get("num_hidden_layers", 40)
     token = num_layers * _layer_weights(text)
     head = text.get("hidden_size", 4096) * text.get("vocab_size", 151552)
-    patch = _patch_weights(config.get("vision_config", {}), text)
+    patch = _patch_weights(config.get("vision_config") or {}, text)
     step_seconds = _STEP_SECONDS_PER_LAYER * num_layers + fetching_seconds
     return np.array([step_seconds, *(2 * weights / speed for weights in (patch, token, token + head))])
 

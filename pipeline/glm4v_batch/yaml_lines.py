@@ -5,7 +5,7 @@ Scalars follow the core schema of YAML 1.2, so that `no`, `12:30` and `2024-01-0
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,8 +71,11 @@ def read_yaml(path: Path) -> Document:
     return document
 
 
-def set_value(document: Document, option: str) -> None:
-    """Apply *option*, the `a.b=c` of a `--set a.b=c`, as if the file said so."""
+def set_value(document: Document, option: str, maps: Collection[Location] = ()) -> None:
+    """Apply *option*, the `a.b=c` of a `--set a.b=c`, as if the file said so.
+
+    *maps* are the settings whose value may be a {map}, which is text for all others.
+    """
     origin = f"--set {_shortened(option)}"
     name, equals, text = option.partition("=")
     location: Location = tuple(part.strip() for part in name.split("."))
@@ -89,16 +92,17 @@ def set_value(document: Document, option: str) -> None:
         if not isinstance(values, dict):
             document.mistakes.append(Mistake(origin, f"{'.'.join(map(str, location[:depth]))} is no section"))
             return
-    values[last] = option_value(text)
+    values[last] = option_value(text, may_be_map=location in maps)
     for inner in [known for known in document.origins if known[: len(location)] == location]:
         del document.origins[inner]
     document.origins[location] = origin
 
 
-def option_value(text: str) -> Any:
+def option_value(text: str, *, may_be_map: bool = False) -> Any:
     """The value of an option: a number, true, false, null, a [list] or "quoted text" is read as YAML.
 
-    Everything else is text as it stands, so that a prompt with a colon, # or {column} needs no quotes.
+    So is a {map} where that is asked for. Everything else is text as it stands, so that a prompt with a
+    colon, # or {column} needs no quotes.
     """
     text = text.strip()
     try:
@@ -108,7 +112,7 @@ def option_value(text: str) -> Any:
     if node is None:
         return None
     is_bare_text = isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}str" and node.style is None
-    if is_bare_text or isinstance(node, yaml.MappingNode):
+    if is_bare_text or (isinstance(node, yaml.MappingNode) and not may_be_map):
         return text
     document = Document({}, {}, [])
     value = _value(node, (), document)

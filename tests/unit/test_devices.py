@@ -380,10 +380,26 @@ def test_a_lost_gpu_is_refused_where_it_is_chosen_and_not_elsewhere(use_nvml: Us
     nvml = use_nvml([Card("GPU-1"), Card("GPU-2", error=pynvml.NVMLError_GpuIsLost())])
 
     with pytest.raises(PlacementError, match=r"GPU 1 cannot be used; its driver says: GPU is lost\."):
-        find_devices("all")
+        find_devices([0, 1])
 
     assert [device.uuid for device in find_devices([0])] == ["GPU-1"]
     assert nvml.num_open == 0
+
+
+def test_all_gpus_are_those_that_are_not_lost(use_nvml: UseNvml, caplog: pytest.LogCaptureFixture) -> None:
+    use_nvml([Card("GPU-1", error=pynvml.NVMLError_GpuIsLost()), Card("GPU-2")])
+
+    devices = find_devices("all")
+
+    assert [(device.index, device.uuid) for device in devices] == [(1, "GPU-2")]
+    assert caplog.messages == ["GPU 0 is left out, its driver says: GPU is lost"]
+
+
+def test_a_host_whose_gpus_are_all_lost_does_not_fall_back_to_the_cpu(use_nvml: UseNvml) -> None:
+    use_nvml([Card("GPU-1", error=pynvml.NVMLError_GpuIsLost())])
+
+    with pytest.raises(PlacementError, match="GPU 0 cannot be used"):
+        find_devices("all")
 
 
 @pytest.mark.parametrize(

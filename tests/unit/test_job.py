@@ -373,6 +373,8 @@ def test_overrides_read_what_yaml_writes(scalar: object) -> None:
         ("output.columns=[title, 'b c']", "output", "columns", ("title", "b c")),
         ("devices.use=[1, 3]", "devices", "use", (1, 3)),
         ("devices.use=cpu", "devices", "use", "cpu"),
+        ("devices.layout={model: 0, lm_head: cpu}", "devices", "layout", {"model": 0, "lm_head": "cpu"}),
+        ("devices.layout=balanced", "devices", "layout", "balanced"),
     ],
 )
 def test_overrides_apply_over_the_file(
@@ -395,6 +397,12 @@ def test_mistakes_of_overrides_name_the_override(tmp_path: Path) -> None:
         "--set prompt.usr=x: prompt.usr is not a setting. Did you mean user?",
         "--set generation.max_new_tokens=0: generation.max_new_tokens must be 1 or more, not 0",
     ]
+
+
+def test_a_map_of_an_override_that_is_wrong_names_the_override(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, MINIMAL, "devices.layout={model: -1}")
+
+    assert line.startswith("--set devices.layout={model: -1}: devices.layout puts ")
 
 
 def test_an_override_mends_a_mistake_of_the_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Where the copies of the model go, why, and what is said where they cannot go anywhere."""
 
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -51,7 +52,7 @@ def test_a_card_that_holds_the_model_gets_a_copy_for_itself() -> None:
     assert indices(placement) == [[0], [1], [2], [3]]
     assert all(replica.device_map == {"": 0} for replica in placement.replicas)
     assert placement.reason == (
-        "4 replicas, one per GPU: 19.17 GiB of weights and the largest request (1.62 GiB) fit on each"
+        "4 replicas, one per GPU: 19.17 GiB of weights and the largest request (1.65 GiB) fit on each"
     )
 
 
@@ -312,7 +313,7 @@ def test_a_model_without_room_is_refused_with_all_numbers() -> None:
 
     assert str(error).startswith(
         "The model does not fit on GPUs 0 and 1: it takes 19.17 GiB for its weights, and beside them "
-        "1.62 GiB for the largest request (6,250 prompt tokens, 24,576 patches, 128 new tokens)."
+        "1.65 GiB for the largest request (6,250 prompt tokens, 24,576 patches, 128 new tokens)."
     )
     assert (
         "  GPU 0 (NVIDIA RTX): 24.00 GiB, 4.00 GiB of it held by others, limited to 10.00 GiB; "
@@ -478,3 +479,129 @@ def test_host_memory_without_room_is_told_and_the_disk_advised() -> None:
     assert "host memory: room for 7.36 GiB of offloaded weights" in str(error)
     assert "set devices.offload: disk" in error.hint
     assert placed(gpus(8), offload="disk", host=cpu(free=8)).replicas
+
+
+def test_mig_devices_are_no_part_of_a_group() -> None:
+    devices = [replace(gpu(0, 12), uuid="MIG-0"), replace(gpu(1, 12), uuid="MIG-1"), *gpus(0, 0, 16, 16)[2:]]
+
+    assert indices(placed(devices)) == indices(placed(devices, gpus_per_replica=2)) == [[2, 3]]
+    assert indices(placed(devices[:2], offload="disk")) == [[0], [1]]
+
+
+def test_advice_is_for_all_groups_and_not_for_the_first_that_fails() -> None:
+    error = refusal([gpu(0, 24, free=20), gpu(1, 12)], layout="replicas")
+
+    assert "does not fit on GPU 0" in str(error)
+    assert "free the memory" not in error.hint
+
+
+def test_answers_that_take_the_room_are_advised_to_be_shorter() -> None:
+    long = replace(WORST, new_tokens=120_000)
+    with pytest.raises(PlacementError) as caught:
+        place(gpus(24), glm_41v(), DeviceSettings(), long, TYPICAL)
+
+    enough = int(caught.value.hint.split("lower generation.max_new_tokens to ")[1].split(";")[0])
+    assert place(gpus(24), glm_41v(), DeviceSettings(), replace(long, new_tokens=enough), TYPICAL).replicas
+
+
+def test_auto_is_advised_in_place_of_a_map_only_where_it_has_room() -> None:
+    layout = {"": 0}
+
+    assert "leave devices.layout at auto" in refusal(gpus(12, 24), layout=layout).hint
+    assert "auto" not in refusal(gpus(12, 4), layout=layout).hint
+
+
+def test_what_a_request_is_said_to_need_does_not_fit_where_it_is_refused() -> None:
+    """The margin of predictions counts as need, or a refusal would contradict itself."""
+    needs = glm_41v()
+    gib = next(size / 100 for size in range(2400, 2200, -1) if not _fits(size / 100, needs))
+
+    error = refusal([gpu(0, gib)], needs)
+
+    said = re.findall(
+        r"takes ([\d.]+) GiB .* them ([\d.]+) GiB .*may hold ([\d.]+) GiB", str(error), re.DOTALL
+    )
+    ((weights, request, budget),) = said
+    assert float(weights) + float(request) >= float(budget)
+
+
+def _fits(gib: float, needs: ModelNeeds) -> bool:
+    try:
+        return bool(placed([gpu(0, gib)], needs).replicas)
+    except PlacementError:
+        return False
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cards=st.lists(st.tuples(st.sampled_from([4, 8, 12, 16]), st.integers(0, 8)), min_size=1, max_size=4),
+    limit=st.sampled_from([None, 3, 7]),
+    fraction=st.sampled_from([0.5, 0.92]),
+    new_tokens=st.sampled_from([128, 60_000]),
+    layout=st.sampled_from(["auto", "replicas", "balanced"]),
+    group=st.sampled_from(["auto", 1, 2]),
+)
+def test_every_advice_of_a_refusal_helps(
+    cards: list[tuple[int, int]], limit: int | None, fraction: float, new_tokens: int, layout: Any, group: Any
+) -> None:
+    devices = [gpu(n, size, free=max(0, size - held), limit=limit) for n, (size, held) in enumerate(cards)]
+    worst = replace(WORST, new_tokens=new_tokens)
+    wishes = DeviceSettings(layout=layout, gpus_per_replica=group, memory_fraction=fraction)
+    host = cpu(free=8)
+    try:
+        place(devices, SMALL, wishes, worst, TYPICAL, host)
+    except PlacementError as error:
+        hint = error.hint
+    else:
+        return
+
+    for advice in _advised(hint):
+        changed = _heeding(advice, devices, wishes, worst)
+        assert changed is None or place(changed[0], SMALL, changed[1], changed[2], TYPICAL, host).replicas, (
+            advice
+        )
+
+
+SMALL = needs_of(layers=20)
+"""10 GiB."""
+
+
+def _advised(hint: str) -> list[str]:
+    if "would do: " not in hint:
+        return []
+    return hint.partition("would do: ")[2].rstrip(".").replace("; or ", "; ").split("; ")
+
+
+def _heeding(
+    advice: str, devices: list[Device], wishes: DeviceSettings, worst: RequestSize
+) -> tuple[list[Device], DeviceSettings, RequestSize] | None:
+    """Devices, settings and largest request once *advice* is followed; None where the model is to change."""
+    unlimited = [replace(device, limit_bytes=None) for device in devices]
+    number = int((re.findall(r"\b\d+\b", advice) or [0])[-1])
+    if advice == "raise devices.memory_limit_gib":
+        return unlimited, wishes, worst
+    if advice.startswith("free the memory"):
+        kept = unlimited if "memory_limit_gib" in advice else devices
+        return [replace(device, free_bytes=device.total_bytes) for device in kept], wishes, worst
+    if advice.startswith("raise devices.memory_fraction"):
+        return devices, wishes.model_copy(update={"memory_fraction": 0.92}), worst
+    if advice.startswith("leave devices.layout"):
+        return devices, wishes.model_copy(update={"layout": "auto", "gpus_per_replica": "auto"}), worst
+    if advice.startswith("use a version"):
+        return None
+    if advice.startswith("use "):
+        best = max(devices, key=lambda device: device.usable_bytes)
+        count = int(advice.split()[1])
+        group = {"gpus_per_replica": count} if "gpus_per_replica" in advice else {}
+        return [replace(best, index=index) for index in range(count)], wishes.model_copy(update=group), worst
+    if advice.startswith("lower images.max_pixels"):
+        tokens = number // SMALL.pixels_per_token
+        fewer = 6144 - tokens
+        smaller = replace(
+            worst, prompt_tokens=worst.prompt_tokens - fewer, visual_patches=worst.visual_patches - 4 * fewer
+        )
+        return devices, wishes, smaller
+    if advice.startswith("lower generation.max_new_tokens"):
+        return devices, wishes, replace(worst, new_tokens=number)
+    place_name = advice.split(": ")[1].split(",")[0]
+    return devices, wishes.model_copy(update={"offload": place_name}), worst

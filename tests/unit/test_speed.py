@@ -319,7 +319,7 @@ def test_of_experts_only_those_in_use_count() -> None:
     assert 1e14 * written / 2 == pytest.approx(12e9, rel=0.15)
 
 
-@pytest.mark.parametrize("config", [{}, {"text_config": {}, "vision_config": {}}])
+@pytest.mark.parametrize("config", [{}, {"text_config": {}, "vision_config": {}}, {"vision_config": None}])
 def test_a_config_that_leaves_all_out_has_a_prior(config: Mapping[str, Any]) -> None:
     assert prior_seconds(config, GPU) == pytest.approx(PRIOR)
 
