@@ -1,6 +1,7 @@
 """What all tests share: no network, and small sources of real images."""
 
 import io
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import pytest
 from PIL import Image
 
 MakeSource = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """Runs that tests start must heed Ctrl-C, which a script's background jobs ignore and pass on."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
