@@ -89,10 +89,11 @@ def _signals_blocked() -> Iterator[None]:
     The fork server and the children inherit this, so that none of them is interrupted while it still
     imports. This process decides, and ends them by SIGKILL.
     """
-    # Starting the tracker unblocks signals again, so it comes first.
-    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
     try:
+        # The tracker ignores the others, not SIGHUP; once it is started the others are no longer blocked.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
