@@ -26,8 +26,8 @@ child()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_group_leaves_the_helpers_of_multiprocessing_alive(number: signal.Signals) -> None:
-    script = [sys.executable, "-W", "error", "-c", TWICE, str(int(number))]
+    script = [sys.executable, "-W", "error", "-c", TWICE, f"{number:d}"]
 
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=60)
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
 
     assert (done.returncode, done.stderr) == (0, "")
