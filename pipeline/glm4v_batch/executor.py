@@ -17,14 +17,14 @@ from glm4v_batch.devices import DeviceMonitor, DeviceUse
 from glm4v_batch.engines import Engine, EngineEvent
 from glm4v_batch.engines.echo import EchoSettings, load_echo
 from glm4v_batch.engines.loading import ReplicaSettings, load_engine
-from glm4v_batch.output import Output, describe, locked, offload_folder
+from glm4v_batch.output import Lock, Output, describe, locked, offload_folder
 from glm4v_batch.parts import Part
 from glm4v_batch.placement import priors
 from glm4v_batch.plan import OpenJob, Plan, make_plan, preprocess_settings
 from glm4v_batch.preprocess import preprocess
 from glm4v_batch.replicas import Replicas
 from glm4v_batch.report import Report
-from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, ReplicaLost, ReplicaReady
+from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, Notice, ReplicaLost, ReplicaReady
 from glm4v_batch.worker import work
 
 _LOOK_SECONDS = 1.0
@@ -56,7 +56,7 @@ class DevicesSeen:
     uses: tuple[DeviceUse, ...]
 
 
-Event = Plan | Part | DevicesSeen | EngineEvent | Outcome
+Event = Plan | Part | DevicesSeen | EngineEvent | Notice | Outcome
 
 
 def run(opened: OpenJob, limit: int | None = None) -> Generator[Event, None, None]:
@@ -65,7 +65,7 @@ def run(opened: OpenJob, limit: int | None = None) -> Generator[Event, None, Non
     Raises what `locked` and `make_plan` raise; what is committed by then stays.
     """
     folder = Path(opened.job.output.path)
-    with locked(folder):
+    with locked(folder) as lock:
         plan = make_plan(opened, limit)
         yield plan
         num_failed = sum(part.info.num_failed for part in plan.parts)
@@ -77,8 +77,12 @@ def run(opened: OpenJob, limit: int | None = None) -> Generator[Event, None, Non
             return
         describe(folder, opened.job.as_dict(), opened.settings)
         with _stop_on_signals() as stop:
-            yield from _counted(_watched(plan, _events(plan, _until(stop, first, chunks), stop)), report)
+            yield from _counted(
+                _watched(plan, _events(plan, lock, _until(stop, first, chunks), stop)), report
+            )
         report.write()
+        if report.trouble:
+            yield Notice(f"the report of this run is incomplete: {report.trouble}")
         # A signal that came when nothing was left to stop interrupted nothing.
         complete = report.num_committed == plan.num_left
         number = stop.signal_number if stop.is_heeded and not complete else None
@@ -93,9 +97,9 @@ def _report(plan: Plan) -> Report:
     return Report(folder, plan.forecast.contexts, plan.forecast.time)
 
 
-def _events(plan: Plan, chunks: Iterable[Chunk], stop: "_Stop") -> Iterator[Part | EngineEvent]:
+def _events(plan: Plan, lock: Lock, chunks: Iterable[Chunk], stop: "_Stop") -> Iterator[Part | EngineEvent]:
     opened = plan.opened
-    output = Output(Path(opened.job.output.path), opened.settings, opened.passed_fields)
+    output = Output(lock, opened.settings, opened.passed_fields)
     settings = preprocess_settings(opened)
     engine = open_engine(plan)
     drained_at = None
