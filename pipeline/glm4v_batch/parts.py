@@ -127,29 +127,6 @@ def _publish(temporary: Path, final: Path, info: PartInfo) -> Part:
     return Part(final, info)
 
 
-def replace(folder: Path, table: pa.Table, info: PartInfo, old: Part) -> Part:
-    """Put *table* where *old* stands, at once and durably: a crash leaves the one or the other, whole."""
-    temporary = folder / STATE_FOLDER / "tmp" / f"{old.path.name}.{os.getpid()}"
-    with refusing(folder):
-        try:
-            _write_synced(temporary, table.replace_schema_metadata({FOOTER_KEY: _footer(info)}))
-            _check_rows(temporary, info)
-            temporary.replace(old.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(folder)
-    return Part(old.path, info)
-
-
-def read_rows(part: Part) -> pa.Table:
-    """The rows of *part*, or OutputError where a page of it is damaged."""
-    try:
-        with pq.ParquetFile(part.path, page_checksum_verification=True) as file:
-            return file.read()
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"{part.path} is damaged: {error}", hint="Move it away.") from None
-
-
 def sync_folder(folder: Path) -> None:
     """Make the names in *folder* durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
