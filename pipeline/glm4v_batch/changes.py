@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from glm4v_batch.durable import sync_folder
 from glm4v_batch.errors import SourceError
-from glm4v_batch.parts import Part, refusing, sync_folder
+from glm4v_batch.parts import Part, refusing
 from glm4v_batch.sources import Shard
 
 
