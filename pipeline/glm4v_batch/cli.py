@@ -1,16 +1,22 @@
 """The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
 
+import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from glm4v_batch import __version__
 from glm4v_batch.errors import Glm4vBatchError
+
+if TYPE_CHECKING:
+    from glm4v_batch.plan import Asked
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -19,17 +25,43 @@ class _Commands(click.Group):
     """Turns the errors that users meet into a message and an exit code, in this one place."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        _open_closed_streams()
         try:
             return super().invoke(ctx)
         except Glm4vBatchError as error:
-            click.echo(f"Error: {error}", err=True)
+            _say(f"Error: {error}", err=True)
             if error.hint:
-                click.echo(f"  {error.hint}", err=True)
+                _say(f"  {error.hint}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             # A run handles it itself; this one came before or after.
-            click.echo("Interrupted.", err=True)
+            _say("Interrupted.", err=True)
             ctx.exit(130)
+
+
+def _open_closed_streams() -> None:
+    """Have closed standard streams lead nowhere: the next file opened would take their number.
+
+    A message written to descriptor 2 would then end up in a part, for one.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print *text*. Where nobody reads it any more, the exit code still says what it has to."""
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        # Or the interpreter, which flushes at its end, would fail over it once more.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2 if err else 1)
+        os.close(nowhere)
 
 
 _job_file = click.argument("job_file", metavar="JOB", type=click.Path(path_type=Path))
@@ -50,6 +82,60 @@ def _job_options(command: _Command) -> _Command:
     return _job_file(setting(command))
 
 
+_ANY_CODE = "any"
+
+
+def _asked(command: _Command) -> _Command:
+    """The options of `run` and `plan` that say which rows to do, as one `Asked`."""
+    limit = click.option(
+        "--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N rows of the source."
+    )
+    retry = click.option(
+        "--retry-failed",
+        multiple=True,
+        is_flag=False,
+        flag_value=_ANY_CODE,
+        metavar="[CODE]",
+        callback=_codes,
+        help="Do failed rows again, and no others: all, or those of this error code; repeatable.",
+    )
+    on_changed = click.option(
+        "--on-changed",
+        type=click.Choice(["refuse", "redo"]),
+        default="refuse",
+        show_default=True,
+        help="What to do about a source that changed after its rows were committed.",
+    )
+
+    @wraps(command)
+    def with_asked(
+        *arguments: Any,
+        limit: int | None,
+        retry_failed: frozenset[str] | None,
+        on_changed: str,
+        **others: Any,
+    ) -> Any:
+        from glm4v_batch.plan import Asked
+
+        if retry_failed is not None and on_changed == "redo":
+            raise click.UsageError(
+                "--retry-failed does no new rows, and --on-changed redo makes some: one after the other."
+            )
+        asked = Asked(limit=limit, redo_changed=on_changed == "redo", retry=retry_failed)
+        return command(*arguments, asked=asked, **others)
+
+    return cast(_Command, limit(retry(on_changed(with_asked))))
+
+
+def _codes(_ctx: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> frozenset[str] | None:
+    for code in given:
+        if not re.fullmatch("[a-z][a-z0-9_]*", code):
+            raise click.BadParameter(f"{code} is no error code. Put JOB first, or write --retry-failed=CODE.")
+    if not given:
+        return None
+    return frozenset() if _ANY_CODE in given else frozenset(given)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="glm4v-batch")
 def main() -> None:
@@ -65,11 +151,17 @@ def main() -> None:
 
 @main.command()
 @_job_options
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N rows of the source.")
+@_asked
+@click.option("--until", metavar="TIME", help="Begin nothing that would not be done by then, such as 06:00.")
 @_as_json
 @click.pass_context
 def run(
-    ctx: click.Context, job_file: Path, overrides: tuple[str, ...], limit: int | None, as_json: bool
+    ctx: click.Context,
+    job_file: Path,
+    overrides: tuple[str, ...],
+    asked: "Asked",
+    until: str | None,
+    as_json: bool,
 ) -> None:
     """Do what is left of a job, and commit it part by part.
 
@@ -78,28 +170,31 @@ def run(
     \b
     Example:
         glm4v-batch run jobs/caption.yaml --limit 100
+        glm4v-batch run jobs/caption.yaml --until 06:00
+        glm4v-batch run jobs/caption.yaml --retry-failed
     """
-    from glm4v_batch.executor import run as run_job
+    from glm4v_batch.deadline import read_deadline
+    from glm4v_batch.executor import run_job
     from glm4v_batch.job import read_job
-    from glm4v_batch.plan import open_job
     from glm4v_batch.progress import Progress
     from glm4v_batch.render import outcome_as_json, outcome_as_text
 
+    deadline = None if until is None else read_deadline(until)
     with (
-        closing(run_job(open_job(read_job(job_file, overrides)), limit)) as events,
+        closing(run_job(read_job(job_file, overrides), asked, deadline)) as events,
         Progress(sys.stderr) as progress,
     ):
         outcome = progress.follow(events)
     command_line = shlex.join(["glm4v-batch", *sys.argv[1:]])
-    click.echo(outcome_as_json(outcome) if as_json else outcome_as_text(outcome, command_line))
+    _say(outcome_as_json(outcome) if as_json else outcome_as_text(outcome, command_line))
     ctx.exit(outcome.exit_code)
 
 
 @main.command()
 @_job_options
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N rows of the source.")
+@_asked
 @_as_json
-def plan(job_file: Path, overrides: tuple[str, ...], limit: int | None, as_json: bool) -> None:
+def plan(job_file: Path, overrides: tuple[str, ...], asked: "Asked", as_json: bool) -> None:
     """Show what `run` would do: rows that are left, model, device, memory.
 
     \b
@@ -110,8 +205,8 @@ def plan(job_file: Path, overrides: tuple[str, ...], limit: int | None, as_json:
     from glm4v_batch.plan import make_plan, open_job
     from glm4v_batch.render import plan_as_json, plan_as_text
 
-    made = make_plan(open_job(read_job(job_file, overrides)), limit)
-    click.echo(plan_as_json(made) if as_json else plan_as_text(made))
+    made = make_plan(open_job(read_job(job_file, overrides)), asked)
+    _say(plan_as_json(made) if as_json else plan_as_text(made))
 
 
 @main.command()

@@ -2,51 +2,63 @@
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, assert_never
 
 from glm4v_batch.activations import can_predict
+from glm4v_batch.changes import take_away
+from glm4v_batch.deadline import Deadline
 from glm4v_batch.devices import DeviceMonitor, DeviceUse
 from glm4v_batch.engines import Engine, EngineEvent
 from glm4v_batch.engines.echo import EchoSettings, load_echo
 from glm4v_batch.engines.loading import ReplicaSettings, load_engine
+from glm4v_batch.errors import SourceError
+from glm4v_batch.failure_watch import FailureWatch, TooManyFailed
+from glm4v_batch.job import Job
 from glm4v_batch.output import Lock, Output, describe, locked, offload_folder
 from glm4v_batch.parts import Part
 from glm4v_batch.placement import priors
-from glm4v_batch.plan import OpenJob, Plan, make_plan, preprocess_settings
+from glm4v_batch.plan import EVERYTHING, Asked, OpenJob, Plan, make_plan, open_job, preprocess_settings
 from glm4v_batch.preprocess import preprocess
 from glm4v_batch.replicas import Replicas
 from glm4v_batch.report import Report
+from glm4v_batch.retry import Replaced, Replacements, Retry, retried_records
+from glm4v_batch.stopping import Interrupted, OutOfTime, Reason, Stop, stopping
 from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, Notice, ReplicaLost, ReplicaReady
-from glm4v_batch.worker import work
+from glm4v_batch.worker import Collects, Item, new_records, work
 
 _LOOK_SECONDS = 1.0
-# Less than what service managers wait between asking and killing: 30 s and more.
-_GRACE_SECONDS = 25.0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. *signal_number* is None unless a signal stopped it."""
+    """How a run ended; *num_failed* counts the folder's failed rows. *reason* is None where all is done."""
 
     plan: Plan
     report: dict[str, Any]
     num_failed: int
-    signal_number: int | None
+    reason: Reason | None
 
     @property
     def exit_code(self) -> int:
-        """0, 3 with failed records in the folder, 128 and the number of the signal that ended the run."""
-        if self.signal_number is not None:
-            return 128 + self.signal_number
-        return 3 if self.num_failed else 0
+        """0, or 3 with failed records in the folder; 129, 130, 143 to be resumed; 4 where too many failed."""
+        match self.reason:
+            case Interrupted():
+                return 128 + self.reason.signal_number
+            case OutOfTime():
+                return 128 + signal.SIGTERM
+            case TooManyFailed():
+                return SourceError.exit_code
+            case None:
+                return 3 if self.num_failed else 0
+        assert_never(self.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,37 +68,69 @@ class DevicesSeen:
     uses: tuple[DeviceUse, ...]
 
 
-Event = Plan | Part | DevicesSeen | EngineEvent | Notice | Outcome
+Event = Plan | Part | Replaced | DevicesSeen | EngineEvent | Notice | Outcome
 
 
-def run(opened: OpenJob, limit: int | None = None) -> Generator[Event, None, None]:
+def run_job(
+    job: Job, asked: Asked = EVERYTHING, until: datetime | None = None
+) -> Generator[Event, None, None]:
+    """Do what is left of *job*, as `run` does; the folder is locked before the job is opened.
+
+    Opening a large source takes a while, and a second run is to be refused at once.
+    """
+    with locked(Path(job.output.path)) as lock:
+        yield from _run(open_job(job), lock, asked, until)
+
+
+def run(
+    opened: OpenJob, asked: Asked = EVERYTHING, until: datetime | None = None
+) -> Generator[Event, None, None]:
     """Do what is left of the job: yield the plan, what happens as it happens, and the outcome last.
 
-    Raises what `locked` and `make_plan` raise; what is committed by then stays.
+    It begins nothing that cannot be done by *until*. Raises what `locked` and `make_plan` raise;
+    what is committed by then stays.
     """
-    folder = Path(opened.job.output.path)
-    with locked(folder) as lock:
-        plan = make_plan(opened, limit)
-        yield plan
-        num_failed = sum(part.info.num_failed for part in plan.parts)
-        report = _report(plan)
-        chunks = plan.chunks()
-        first = next(chunks, None)
-        if first is None:
-            yield Outcome(plan, report.as_dict(), num_failed, None)
-            return
-        describe(folder, opened.job.as_dict(), opened.settings)
-        with _stop_on_signals() as stop:
-            yield from _counted(
-                _watched(plan, _events(plan, lock, _until(stop, first, chunks), stop)), report
-            )
-        report.write()
-        if report.trouble:
-            yield Notice(f"the report of this run is incomplete: {report.trouble}")
-        # A signal that came when nothing was left to stop interrupted nothing.
-        complete = report.num_committed == plan.num_left
-        number = stop.signal_number if stop.is_heeded and not complete else None
-        yield Outcome(plan, report.as_dict(), num_failed + report.num_failed_committed, number)
+    with locked(Path(opened.job.output.path)) as lock:
+        yield from _run(opened, lock, asked, until)
+
+
+def _run(opened: OpenJob, lock: Lock, asked: Asked, until: datetime | None) -> Iterator[Event]:
+    plan = make_plan(opened, asked)
+    yield plan
+    report = _report(plan)
+    deadline = None if until is None else Deadline(until)
+    tasks = _tasks(plan)
+    first = next(tasks, None)
+    if first is None or (deadline is not None and deadline.has_passed):
+        reason = None if first is None or until is None else OutOfTime(until)
+        if reason is None:
+            _take_away(plan, lock)
+        yield _outcome(plan, report, reason)
+        return
+    describe(lock.folder, opened.job.as_dict(), opened.settings)
+    _take_away(plan, lock)
+    with stopping(deadline) as stop:
+        events = _events(plan, lock, stop.admit(chain([first], tasks)), stop)
+        yield from _counted(_watched(plan, events), report)
+    report.write()
+    if report.trouble:
+        yield Notice(f"the report of this run is incomplete: {report.trouble}")
+    # What came when nothing was left to stop has stopped nothing.
+    yield _outcome(plan, report, None if report.num_committed == plan.num_left else stop.reason)
+
+
+def _tasks(plan: Plan) -> Iterator[Chunk] | Iterator[Retry]:
+    return plan.chunks() if plan.retries is None else iter(plan.retries.of)
+
+
+def _take_away(plan: Plan, lock: Lock) -> None:
+    lock.check()
+    take_away(lock.folder, plan.superseded)
+
+
+def _outcome(plan: Plan, report: Report, reason: Reason | None) -> Outcome:
+    num_failed = sum(part.info.num_failed for part in plan.parts) + report.num_failed_committed
+    return Outcome(plan, report.as_dict(), num_failed, reason)
 
 
 def _report(plan: Plan) -> Report:
@@ -97,23 +141,32 @@ def _report(plan: Plan) -> Report:
     return Report(folder, plan.forecast.contexts, plan.forecast.time)
 
 
-def _events(plan: Plan, lock: Lock, chunks: Iterable[Chunk], stop: "_Stop") -> Iterator[Part | EngineEvent]:
-    opened = plan.opened
-    output = Output(lock, opened.settings, opened.passed_fields)
-    settings = preprocess_settings(opened)
+def _events(
+    plan: Plan, lock: Lock, tasks: Iterator[Any], stop: Stop
+) -> Iterator[Part | Replaced | EngineEvent]:
+    settings = preprocess_settings(plan.opened)
     engine = open_engine(plan)
-    drained_at = None
-    with closing(
-        work(plan, chunks, partial(preprocess, settings=settings, num_workers=num_decoders()), engine, output)
-    ) as events:
-        for event in events:
+    records, output = _ends(plan, lock, tasks)
+    watch = FailureWatch(plan.opened.job.limits)
+    prepare = partial(preprocess, settings=settings, num_workers=num_decoders())
+    with closing(work(records, prepare, engine, output)) as events:
+        for event in stop.pull(events):
             yield event
-            # The batches in hand are worth waiting for: their answers may complete a chunk.
-            if stop.heed() and drained_at is None:
-                engine.drain()
-                drained_at = time.monotonic()
-            if drained_at is not None and time.monotonic() - drained_at > _GRACE_SECONDS:
+            stop.note(event)
+            # Rows that failed before stay what they are, and cannot fail a whole data set.
+            if plan.retries is None and isinstance(event, (Completion, Failure)):
+                stop.reason = watch.add(event) or stop.reason
+            if isinstance(stop.reason, TooManyFailed) or stop.is_over(engine):
                 return
+
+
+def _ends(plan: Plan, lock: Lock, tasks: Iterator[Any]) -> tuple[Iterator[Item], Collects]:
+    """Where the records of a run come from, and where their results go."""
+    if plan.retries is not None:
+        replacements = Replacements(lock)
+        return retried_records(plan.opened.source, tasks, replacements), replacements
+    output = Output(lock, plan.opened.settings, plan.opened.passed_fields)
+    return new_records(plan, tasks, output), output
 
 
 def num_decoders() -> int:
@@ -123,7 +176,9 @@ def num_decoders() -> int:
     return max(2, cores - 1)
 
 
-def _watched(plan: Plan, events: Iterable[Part | EngineEvent]) -> Iterator[Part | EngineEvent | DevicesSeen]:
+def _watched(
+    plan: Plan, events: Iterable[Part | Replaced | EngineEvent]
+) -> Iterator[Part | Replaced | EngineEvent | DevicesSeen]:
     """*events*, and once a second what the devices do."""
     replicas = plan.forecast.placement.replicas if plan.forecast else ()
     last_look = time.monotonic()
@@ -144,6 +199,8 @@ def _counted(events: Iterable[Event], report: Report) -> Iterator[Event]:
                 report.add_batch(event)
             case Part():
                 report.add_part(event)
+            case Replaced():
+                report.add_replaced(event)
             case ReplicaReady() | ReplicaLost():
                 report.add_replica(event)
             case DevicesSeen():
@@ -178,48 +235,3 @@ def replica_settings(plan: Plan) -> list[ReplicaSettings]:
         )
         for index, replica in enumerate(forecast.placement.replicas)
     ]
-
-
-class _Stop:
-    """Whether a signal asked the run to stop, which, and whether something was left to stop."""
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self.is_heeded = False
-
-    def heed(self) -> bool:
-        """Whether the run is to end here."""
-        self.is_heeded = self.is_heeded or self.signal_number is not None
-        return self.is_heeded
-
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
-        # The second signal is not ours any more: it ends the process at once.
-        signal.signal(number, signal.SIG_DFL)
-        self.signal_number = number
-        # Straight to the descriptor: the stream may be in the middle of a write of its own.
-        with suppress(OSError):
-            os.write(2, b"\nStopping after the batch in hand; once more to stop at once.\n")
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals; a program that embeds us has its own
-        return
-    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    # nohup and job runners ignore a signal on purpose; so it stays.
-    previous = {n: signal.signal(n, stop) for n in asked if signal.getsignal(n) != signal.SIG_IGN}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _until(stop: _Stop, first: Chunk, rest: Iterable[Chunk]) -> Iterator[Chunk]:
-    yield first
-    for chunk in rest:
-        if stop.heed():
-            return
-        yield chunk

@@ -312,6 +312,19 @@ class OutputSettings(_Section):
         return value
 
 
+class LimitSettings(_Section):
+    """When a run stops rather than fails a whole data set. None of this changes the output."""
+
+    failed_fraction: float | None = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Stop when more than this part of the last records failed, or all of the first 100. "
+        "Null: never.",
+    )
+    failed_window: int = Field(default=1000, ge=1, description="How many records the last ones are.")
+
+
 class Job(_Section):
     """Everything one run needs to know."""
 
@@ -330,6 +343,9 @@ class Job(_Section):
         default_factory=BatchingSettings, description="How records are put into batches."
     )
     output: OutputSettings = Field(description="Where the answers go.")
+    limits: LimitSettings = Field(
+        default_factory=LimitSettings, description="When a run stops rather than fails a whole data set."
+    )
 
     _file: str = PrivateAttr("")
     _origins: dict[Location, Origin] = PrivateAttr(default_factory=dict)
@@ -481,5 +497,9 @@ output:
   path: out/caption            # the answers, and the checkpoint of the run
   # rows_per_part: 128
   # columns: []                # columns passed through
+
+limits:
+  # failed_fraction: 0.2       # stop when more than this part of the last records failed; null: never
+  # failed_window: 1000        # how many records the last ones are
 """
 """A commented job file to begin with; `init` writes it."""

@@ -239,7 +239,7 @@ class Output:
         chunk = self._open[result.chunk_id]
         assert result.row not in chunk.rows, f"two results for row {result.row} of {result.chunk_id}"
         common = {"id": result.record_id, "source": chunk.chunk.source, "row": result.row}
-        chunk.rows[result.row] = {**common, **_row(result)}
+        chunk.rows[result.row] = {**common, **result_row(result)}
         if len(chunk.rows) < chunk.chunk.num_rows:
             return None
         del self._open[result.chunk_id]
@@ -294,7 +294,8 @@ def _mended(cell: pa.Scalar) -> Any:
         return flat.as_buffer().to_pybytes().decode(errors="replace") if hasattr(flat, "as_buffer") else None
 
 
-def _row(result: Result) -> dict[str, Any]:
+def result_row(result: Result) -> dict[str, Any]:
+    """The columns of a part that *result* fills, by name; the others of a result are null."""
     match result:
         case Completion():
             return {

@@ -1,6 +1,6 @@
 """Decide what a run will do before anything heavy starts: which rows are left, with what, and where."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,14 +8,16 @@ from typing import Any
 
 import pyarrow as pa
 
+from glm4v_batch.changes import changed_parts, moved_sources, refuse_changed, source_path
 from glm4v_batch.checkpoint import Checkpoint, identity, locate, read_checkpoint
-from glm4v_batch.errors import JobError, SourceError
+from glm4v_batch.errors import JobError
 from glm4v_batch.forecast import Forecast, make_forecast
 from glm4v_batch.images import with_pixel_limits
 from glm4v_batch.job import Job
 from glm4v_batch.output import committed_parts, fingerprint
 from glm4v_batch.parts import Part, gaps
 from glm4v_batch.preprocess import PreprocessSettings
+from glm4v_batch.retry import Retries, find_retries
 from glm4v_batch.sources import (
     RecordColumns,
     Shard,
@@ -45,21 +47,42 @@ class OpenJob:
         return [self.source.schema.field(name) for name in self.job.output.columns]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is asked of a run, beside what the job file says: nothing means all rows that no part holds.
+
+    *limit* counts rows of the source from its beginning. With *redo_changed* the parts of a source
+    that has changed give way to its new rows; without, it is refused. *retry* names the codes of the
+    failed rows to do again, none of them meaning all codes; new rows are then not done. None: no retry.
+    """
+
+    limit: int | None = None
+    redo_changed: bool = False
+    retry: frozenset[str] | None = None
+
+
+EVERYTHING = Asked()
+"""All rows that no part holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is committed and what is left.
 
     *forecast* is None where no model is needed: for the echo engine, and where nothing is left. *moved*
     maps the path of a source that has parts to where the same data stands now; *done* holds the
-    committed rows of each shard by its path; *limit* counts rows of the source from its beginning.
+    committed rows of each shard by its path. *superseded* are parts of changed sources, which do not
+    count any more and are taken away before the first new part; *retries* is None unless asked for.
     """
 
     opened: OpenJob
     parts: tuple[Part, ...]
     moved: Mapping[str, str]
     done: Mapping[str, Sequence[range]]
-    forecast: Forecast | None
-    limit: int | None = None
+    forecast: Forecast | None = None
+    asked: Asked = EVERYTHING
+    superseded: tuple[Part, ...] = ()
+    retries: Retries | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -82,24 +105,36 @@ class Plan:
         )
 
     @property
+    def num_missing(self) -> int | None:
+        """Rows within the limit that no part holds, or None where that is unknown."""
+        return None if self.num_rows is None else self.num_rows - self.num_committed
+
+    @property
     def num_left(self) -> int | None:
         """Rows to do, or None where that is unknown."""
-        return None if self.num_rows is None else self.num_rows - self.num_committed
+        return self.num_missing if self.retries is None else self.retries.num_rows
 
     @property
     def vanished(self) -> tuple[str, ...]:
         """Sources that have parts and are no longer there."""
         present = {shard.path for shard in self.opened.shards}
-        return tuple(sorted({_path(p) for p in self.parts} - present - set(self.moved)))
+        return tuple(sorted({source_path(p) for p in self.parts} - present - set(self.moved)))
+
+    @property
+    def changed(self) -> Mapping[str, int]:
+        """Sources whose parts are superseded, with the number of these parts."""
+        return Counter(map(source_path, self.superseded))
 
     def chunks(self) -> Iterator[Chunk]:
-        """The chunks that are left, in the order of the source."""
+        """The chunks that no part holds, in the order of the source."""
         for shard in self._shards():
             left = gaps(shard.num_rows, self.done.get(shard.path, ()))
             yield from self.opened.source.chunks(shard, left, self.opened.job.output.rows_per_part)
 
     def left(self) -> list[tuple[str, range]]:
-        """The rows that are left, by the path of their shard, in the order of the source."""
+        """Where the rows to do are, by the path of their shard; failed ones lie scattered there."""
+        if self.retries is not None:
+            return [(retry.chunk.source, retry.chunk.rows) for retry in self.retries.of]
         return [
             (shard.path, rows)
             for shard in self._shards()
@@ -111,15 +146,19 @@ class Plan:
         return next(s.identity for s in self.opened.shards if s.path == chunk.source)
 
     def _shards(self) -> Iterator[Shard]:
-        # An unknown length counts as endless: the limit then cuts it to a known one, which is
-        # an upper bound only, and the source's own end still counts.
-        room = self.limit
-        for shard in self.opened.shards:
-            if room is None:
-                yield shard
-            elif room > 0:
-                yield replace(shard, num_rows=min(room, _end(shard)))
-                room -= min(room, _end(shard))
+        return _within(self.opened.shards, self.asked.limit)
+
+
+def _within(shards: Sequence[Shard], limit: int | None) -> Iterator[Shard]:
+    # An unknown length counts as endless: the limit then cuts it to a known one, which is
+    # an upper bound only, and the source's own end still counts.
+    room = limit
+    for shard in shards:
+        if room is None:
+            yield shard
+        elif room > 0:
+            yield replace(shard, num_rows=min(room, _end(shard)))
+            room -= min(room, _end(shard))
 
 
 def _end(shard: Shard) -> int:
@@ -187,20 +226,34 @@ def preprocess_settings(opened: OpenJob) -> PreprocessSettings:
     )
 
 
-def make_plan(opened: OpenJob, limit: int | None = None) -> Plan:
-    """What is left of *opened*, from the parts that its output folder holds now.
+def make_plan(opened: OpenJob, asked: Asked = EVERYTHING) -> Plan:
+    """What is to do of *opened*, from the parts that its output folder holds now.
 
     Raises OutputError where the folder is another job's, SourceError where a source has changed
     since its rows were committed, PlacementError where the model fits nowhere.
     """
     parts = committed_parts(Path(opened.job.output.path), opened.settings)
-    _refuse_changed(opened.shards, parts)
-    moved = _moved(opened.shards, parts)
+    shards = list(_within(opened.shards, asked.limit))
+    superseded = changed_parts(shards, parts) if asked.redo_changed else []
+    given_up = {part.path for part in superseded}
+    valid = [part for part in parts if part.path not in given_up]
+    if not asked.redo_changed:
+        refuse_changed(opened.shards, parts)
+    moved = moved_sources(opened.shards, valid)
     done: defaultdict[str, list[range]] = defaultdict(list)
-    for part in parts:
-        done[moved.get(_path(part), _path(part))].append(part.info.rows)
-    plan = Plan(opened, tuple(parts), moved, done, None, limit)
+    for part in valid:
+        done[moved.get(source_path(part), source_path(part))].append(part.info.rows)
+    retries = _retries(shards, valid, moved, asked)
+    plan = Plan(opened, tuple(valid), moved, done, None, asked, tuple(superseded), retries)
     return replace(plan, forecast=_forecast(plan))
+
+
+def _retries(
+    shards: Sequence[Shard], parts: Sequence[Part], moved: Mapping[str, str], asked: Asked
+) -> Retries | None:
+    if asked.retry is None:
+        return None
+    return find_retries(parts, moved, {shard.path: _end(shard) for shard in shards}, asked.retry)
 
 
 def _forecast(plan: Plan) -> Forecast | None:
@@ -211,57 +264,3 @@ def _forecast(plan: Plan) -> Forecast | None:
     return make_forecast(
         opened.job, opened.checkpoint, opened.source, preprocess_settings(opened), plan.left(), plan.num_left
     )
-
-
-def _path(part: Part) -> str:
-    return str(part.info.source["path"])
-
-
-def _content(identity: Mapping[str, str | int]) -> frozenset[tuple[str, str | int]] | None:
-    # Without a sample of the data, equal identities do not mean equal data.
-    if "sample_sha256" not in identity:
-        return None
-    return frozenset(item for item in identity.items() if item[0] != "path")
-
-
-def _moved(shards: Sequence[Shard], parts: Sequence[Part]) -> dict[str, str]:
-    """Sources that stand at another path than their parts say, recognised by their content.
-
-    Without this, another spelling of `source.path` would do every row again. Among shards of the
-    same content any is right whose rows are not taken yet.
-    """
-    taken: defaultdict[str, set[int]] = defaultdict(set)
-    for part in parts:
-        taken[_path(part)].update(part.info.rows)
-    present = {shard.path for shard in shards}
-    moved: dict[str, str] = {}
-    for path, content in {_path(p): _content(p.info.source) for p in parts}.items():
-        if path in present or content is None:
-            continue
-        same = (shard.path for shard in shards if _content(shard.identity) == content)
-        new = next((candidate for candidate in same if not taken[candidate] & taken[path]), None)
-        if new is not None:
-            moved[path] = new
-            taken[new] |= taken[path]
-    return moved
-
-
-def _refuse_changed(shards: Sequence[Shard], parts: Sequence[Part]) -> None:
-    identities = {shard.path: shard.identity for shard in shards}
-    changed = sorted(
-        {
-            f"  {_path(part)}: {_differences(part.info.source, identities[_path(part)])}"
-            for part in parts
-            if _path(part) in identities and identities[_path(part)] != part.info.source
-        }
-    )
-    if changed:
-        raise SourceError(
-            "\n".join([f"{len(changed)} of the sources changed since their rows were committed:", *changed]),
-            hint="Restore them, or choose another output.path for the new data.",
-        )
-
-
-def _differences(theirs: Mapping[str, str | int], ours: Mapping[str, str | int]) -> str:
-    keys = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-    return ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in keys)

@@ -14,7 +14,7 @@ from glm4v_batch.executor import DevicesSeen, Event, Outcome
 from glm4v_batch.forecast import Forecast
 from glm4v_batch.parts import Part
 from glm4v_batch.plan import Plan
-from glm4v_batch.render import time_as_text
+from glm4v_batch.render import changed_lines, time_as_text
 from glm4v_batch.types import BatchRun, Completion, Failure, Notice, ReplicaLost, ReplicaReady
 from glm4v_batch.units import GIB, format_bytes, format_count, format_seconds
 
@@ -146,12 +146,15 @@ def _use(use: DeviceUse) -> str:
 def _plan_lines(plan: Plan) -> Iterator[str]:
     job = plan.opened.job
     left = "an unknown number of rows" if plan.num_left is None else format_count(plan.num_left, "row")
-    yield f"{job.name}: {left} to do, {plan.num_committed:,} committed in {job.output.path}"
+    again = "" if plan.retries is None else " that failed"
+    yield f"{job.name}: {left}{again} to do, {plan.num_committed:,} committed in {job.output.path}"
     if plan.forecast is not None:
         yield f"model {job.model.name}: {plan.forecast.placement.reason}"
         if plan.forecast.time is not None:
             yield f"expected: {time_as_text(plan.forecast.time)}"
     elif plan.num_left != 0:
         yield "echo engine: no model is loaded"
+    for line in changed_lines(plan):
+        yield f"changed: {line}"
     for path in plan.vanished:
         yield f"gone: {path}; its parts stay"

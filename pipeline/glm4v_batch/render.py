@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from glm4v_batch.job import Job
     from glm4v_batch.needs import ModelNeeds
     from glm4v_batch.plan import Plan
+    from glm4v_batch.retry import Retries
     from glm4v_batch.speed import TimeEstimate
     from glm4v_batch.status import Status
+    from glm4v_batch.stopping import Reason
     from glm4v_batch.types import Device, Replica
 
 
@@ -38,13 +40,29 @@ def plan_as_text(plan: "Plan") -> str:
         f"job          {job.name}",
         f"source       {job.source.path}: {shards}, {_rows(plan.num_rows)}",
         f"committed    {_rows(plan.num_committed)} in {parts} of {job.output.path}",
-        f"left         {_rows(plan.num_left)}, {job.output.rows_per_part} to a part",
+        f"left         {_left(plan)}",
         f"model        {job.model.name} ({opened.checkpoint.model_type}, {job.model.dtype})",
         *_forecast_lines(plan),
         f"fingerprint  {plan.fingerprint[:12]}",
     ]
+    lines += [f"changed      {line}" for line in changed_lines(plan)]
     lines += [f"gone         {path}; its parts stay" for path in plan.vanished]
+    lines += [f"note         {line}" for line in retry_notes(plan)]
     return "\n".join(lines)
+
+
+def _left(plan: "Plan") -> str:
+    if plan.retries is None:
+        return f"{_rows(plan.num_left)}, {plan.opened.job.output.rows_per_part} to a part"
+    codes = ", ".join(f"{count:,} × {code}" for code, count in plan.retries.codes.items())
+    return f"{format_count(plan.retries.num_rows, 'failed row')} to do again; failed are {codes or 'none'}"
+
+
+def changed_lines(plan: "Plan") -> Iterator[str]:
+    """Which sources have changed, and what becomes of their parts."""
+    for path, count in plan.changed.items():
+        parts = format_count(count, "part")
+        yield f"{path}; its {parts} of the old data taken away, its rows done again"
 
 
 def _rows(count: int | None) -> str:
@@ -122,12 +140,18 @@ def plan_as_json(plan: "Plan") -> str:
             "rows": {"total": plan.num_rows, "committed": plan.num_committed, "left": plan.num_left},
             "parts": len(plan.parts),
             "vanished": plan.vanished,
+            "changed": list(plan.changed),
+            "retry": None if plan.retries is None else _retries_as_dict(plan.retries),
             "forecast": _forecast_as_dict(plan.forecast),
             "fingerprint": plan.fingerprint,
             "settings": plan.opened.settings,
             "output": job.output.path,
         }
     )
+
+
+def _retries_as_dict(retries: "Retries") -> dict[str, Any]:
+    return {"rows": retries.num_rows, "failures": dict(retries.codes), "stuck": retries.num_stuck}
 
 
 def _forecast_as_dict(forecast: "Forecast | None") -> dict[str, Any] | None:
@@ -149,12 +173,12 @@ def outcome_as_text(outcome: "Outcome", command_line: str) -> str:
     """What `run` prints at its end; *command_line* is what started it."""
     report, plan = outcome.report, outcome.plan
     rows, folder = report["rows"], plan.opened.job.output.path
-    total = plan.num_committed + rows["committed"]
-    if outcome.signal_number is not None:
-        return (
-            f"Interrupted. {total:,} of {_rows(plan.num_rows)} are committed in {folder}.\n"
-            f"Resume with: {command_line}"
-        )
+    total = plan.num_committed + (rows["committed"] if plan.retries is None else 0)
+    if outcome.reason is not None:
+        done = f"{total:,} of {_rows(plan.num_rows)} are committed in {folder}."
+        return "\n".join([f"{_what_stopped(outcome.reason)} {done}", *_how_to_go_on(outcome, command_line)])
+    if plan.retries is not None:
+        return "\n".join(_retried_lines(plan, report, outcome.num_failed))
     if not rows["committed"]:
         return _nothing_to_do(plan, total, outcome.num_failed)
     speed = f"{format_seconds(report['seconds'])}, {report['rows_per_second']:.1f} rows/s"
@@ -163,6 +187,56 @@ def outcome_as_text(outcome: "Outcome", command_line: str) -> str:
     if outcome.num_failed:
         lines.append(f"{folder} holds {_rows(total)}{_failed(outcome.num_failed)}: see their error_message")
     return "\n".join([*lines, *_batch_lines(report["batches"]), *_run_lines(report)])
+
+
+def _what_stopped(reason: "Reason") -> str:
+    from glm4v_batch.stopping import Interrupted, OutOfTime
+
+    match reason:
+        case Interrupted():
+            return "Interrupted."
+        case OutOfTime():
+            return f"Out of time: the run was to end by {reason.deadline:%Y-%m-%d %H:%M:%S %z}."
+    codes = ", ".join(f"{count:,} × {code}" for code, count in reason.codes.items())
+    return f"Stopped: {reason.num_failed:,} of the last {reason.num_records:,} records failed ({codes})."
+
+
+def _how_to_go_on(outcome: "Outcome", command_line: str) -> Iterator[str]:
+    from glm4v_batch.failure_watch import TooManyFailed
+
+    if isinstance(outcome.reason, TooManyFailed):
+        yield "What was in hand is not committed. Look for what broke: the disk, the paths, the model."
+        yield "If these records are so, raise limits.failed_fraction, or set it to null."
+        if outcome.num_failed:
+            failed = _rows(outcome.num_failed)
+            yield f"The {failed} committed as failed can be done again with: --retry-failed"
+    yield f"Resume with: {command_line}"
+
+
+def _retried_lines(plan: "Plan", report: Mapping[str, Any], num_failed: int) -> Iterator[str]:
+    rows, folder = report["rows"], plan.opened.job.output.path
+    assert plan.retries is not None
+    if rows["committed"]:
+        again = format_count(rows["committed"], "failed row")
+        yield f"{again} of {folder} done again: {rows['ok']:,} ok, {rows['failed']:,} failed again"
+        yield from (f"  {count:,} × {code}" for code, count in report["failures"].items())
+    elif num_failed == 0:
+        yield f"Nothing to retry: no row of {folder} failed."
+    else:
+        codes = ", ".join(f"{count:,} × {code}" for code, count in plan.retries.codes.items())
+        yield f"Nothing to retry among the {format_count(num_failed, 'failed row')} of {folder}: {codes}."
+    yield from retry_notes(plan)
+
+
+def retry_notes(plan: "Plan") -> Iterator[str]:
+    """What `--retry-failed` leaves as it is."""
+    if plan.retries is None:
+        return
+    if plan.retries.num_stuck:
+        stuck = format_count(plan.retries.num_stuck, "failed row")
+        yield f"{stuck} left as they are: their source is gone, or they lie beyond --limit"
+    if plan.num_missing is None or plan.num_missing > 0:
+        yield f"{_rows(plan.num_missing)} not done yet: run without --retry-failed"
 
 
 def _run_lines(report: Mapping[str, Any]) -> Iterator[str]:
@@ -210,6 +284,7 @@ def outcome_as_json(outcome: "Outcome") -> str:
             "exit_code": outcome.exit_code,
             "output": outcome.plan.opened.job.output.path,
             "failed": outcome.num_failed,
+            "stopped": None if outcome.reason is None else _what_stopped(outcome.reason),
             "run": outcome.report,
         }
     )

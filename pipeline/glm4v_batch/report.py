@@ -16,6 +16,7 @@ from typing import Any
 
 from glm4v_batch.devices import DeviceUse
 from glm4v_batch.parts import STATE_FOLDER, Part
+from glm4v_batch.retry import Replaced
 from glm4v_batch.speed import TimeEstimate
 from glm4v_batch.types import (
     BatchRun,
@@ -69,6 +70,11 @@ class Report:
         """Count the rows that *part* made durable."""
         self.num_committed += part.info.num_rows
         self.num_failed_committed += part.info.num_failed
+
+    def add_replaced(self, replaced: Replaced) -> None:
+        """Count the rows that were done again and are durable."""
+        self.num_committed += replaced.num_rows
+        self.num_failed_committed += replaced.part.info.num_failed - replaced.old.info.num_failed
 
     def add_batch(self, run: BatchRun) -> None:
         """Keep what a batch measured, on disk too."""

@@ -1,23 +1,37 @@
-"""The main loop: chunks in, parts out; every row on the way is a value, a failed one too."""
+"""The main loop: records in, parts out; every row on the way is a value, a failed one too."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import Protocol
 
 from glm4v_batch.engines import Engine, EngineEvent
 from glm4v_batch.output import Output
 from glm4v_batch.parts import Part
 from glm4v_batch.plan import Plan
-from glm4v_batch.types import Chunk, Completion, Failure, Record, Request
+from glm4v_batch.retry import Replaced
+from glm4v_batch.types import Chunk, Completion, Failure, Record, Request, Result
 
-Preprocess = Callable[[Iterable[tuple[Chunk, Record]]], Generator[Request | Failure, None, None]]
+Item = tuple[Chunk, Record]
+Preprocess = Callable[[Iterable[Item]], Generator[Request | Failure, None, None]]
+
+
+class Collects(Protocol):
+    """Holds results until those of a part are complete."""
+
+    def add(self, result: Result) -> Part | Replaced | None:
+        """Take a result in; the part that it completes, once that is durable, or None."""
+        ...
 
 
 def work(
-    plan: Plan, chunks: Iterable[Chunk], preprocess: Preprocess, engine: Engine, output: Output
-) -> Generator[Part | EngineEvent, None, None]:
-    """Run *chunks* through the pipe; yield what the engine tells, and each part once it is durable."""
-    with closing(preprocess(_records(plan, chunks, output))) as requests:
+    records: Iterable[Item], preprocess: Preprocess, engine: Engine, output: Collects
+) -> Generator[Part | Replaced | EngineEvent, None, None]:
+    """Run *records* through the pipe; yield what the engine tells, and each part once it is durable.
+
+    Whoever stops at a result keeps it, and the part that it would complete, out of the output.
+    """
+    with closing(preprocess(records)) as requests:
         for event in engine.run(requests):
             yield event
             if isinstance(event, (Completion, Failure)):
@@ -26,7 +40,8 @@ def work(
                     yield part
 
 
-def _records(plan: Plan, chunks: Iterable[Chunk], output: Output) -> Iterator[tuple[Chunk, Record]]:
+def new_records(plan: Plan, chunks: Iterable[Chunk], output: Output) -> Iterator[Item]:
+    """The records of *chunks*, which *output* is told to expect."""
     for chunk in chunks:
         output.begin(chunk, plan.identity_of(chunk))
         for record in plan.opened.source.read(chunk):

@@ -9,7 +9,7 @@ import pytest
 from glm4v_batch.forecast import Forecast, context_of, fetching_seconds
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.output import locked
-from glm4v_batch.plan import make_plan, open_job
+from glm4v_batch.plan import Asked, make_plan, open_job
 from glm4v_batch.report import Report
 from glm4v_batch.speed import prior_seconds
 from glm4v_batch.types import BatchRun, BatchShape, Replica, ReplicaReady
@@ -27,7 +27,7 @@ def job(tmp_path: Path, make_source: MakeSource) -> Job:
 
 
 def forecast_of(job: Job, limit: int | None = None) -> Forecast:
-    forecast = make_plan(open_job(job), limit).forecast
+    forecast = make_plan(open_job(job), Asked(limit=limit)).forecast
     assert forecast is not None
     return forecast
 

@@ -86,6 +86,7 @@ def test_a_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
         },
         "batching": {"engine": "auto", "max_batch_size": None, "echo_seconds": 0.0, "echo_replicas": 0},
         "output": {"path": "out/caption", "rows_per_part": 128, "columns": []},
+        "limits": {"failed_fraction": 0.2, "failed_window": 1000},
     }
     json.dumps(job.as_dict())
 

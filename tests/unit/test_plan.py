@@ -14,7 +14,7 @@ from glm4v_batch.errors import JobError, OutputError, SourceError
 from glm4v_batch.executor import Outcome, run
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.output import fingerprint
-from glm4v_batch.plan import OpenJob, make_plan, open_job, text_settings
+from glm4v_batch.plan import Asked, OpenJob, make_plan, open_job, text_settings
 from tests.conftest import MakeSource, image_bytes
 from tests.e2e.command import MODEL, write_job
 
@@ -51,6 +51,8 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "output.path": ("other", False),
     "output.rows_per_part": (5, False),
     "output.columns": (("title",), True),
+    "limits.failed_fraction": (0.5, False),
+    "limits.failed_window": (10, False),
 }
 ONLY_ONE_VALUE = {"source.kind"}
 
@@ -94,7 +96,7 @@ def test_the_fingerprint_changes_with_what_can_change_the_text_and_nothing_else(
 
 
 def finish(opened: OpenJob, limit: int | None = None) -> Outcome:
-    *_, outcome = run(opened, limit)
+    *_, outcome = run(opened, Asked(limit=limit))
     assert isinstance(outcome, Outcome)
     return outcome
 

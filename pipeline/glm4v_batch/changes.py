@@ -1,0 +1,88 @@
+"""What became of the sources since their rows were committed: the same, moved, changed or gone."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from glm4v_batch.durable import sync_folder
+from glm4v_batch.errors import SourceError
+from glm4v_batch.parts import Part, refusing
+from glm4v_batch.sources import Shard
+
+
+def source_path(part: Part) -> str:
+    """The path that the source of *part* had when its rows were committed."""
+    return str(part.info.source["path"])
+
+
+def changed_parts(shards: Sequence[Shard], parts: Iterable[Part]) -> list[Part]:
+    """The parts whose source stands at its old path with other data than they were made from."""
+    identities = {shard.path: shard.identity for shard in shards}
+    return [part for part in parts if identities.get(source_path(part), part.info.source) != part.info.source]
+
+
+def refuse_changed(shards: Sequence[Shard], parts: Iterable[Part]) -> None:
+    """Raise one SourceError for all sources that *parts* and *shards* know with different data."""
+    identities = {shard.path: shard.identity for shard in shards}
+    changed = sorted(
+        {
+            f"  {source_path(part)}: {_differences(part.info.source, identities[source_path(part)])}"
+            for part in changed_parts(shards, parts)
+        }
+    )
+    if changed:
+        raise SourceError(
+            "\n".join([f"{len(changed)} of the sources changed since their rows were committed:", *changed]),
+            hint="Restore them, or give up their old answers and do their rows again with: "
+            "run --on-changed redo. Or choose another output.path for the new data.",
+        )
+
+
+def moved_sources(shards: Sequence[Shard], parts: Sequence[Part]) -> dict[str, str]:
+    """Sources that stand at another path than their parts say, recognised by their content.
+
+    Without this, another spelling of `source.path` would do every row again. Among shards of the
+    same content any is right whose rows are not taken yet.
+    """
+    present = {shard.path for shard in shards}
+    contents = {source_path(part): _content(part.info.source) for part in parts}
+    missing = {path: content for path, content in contents.items() if path not in present and content}
+    if not missing:
+        return {}
+    taken: defaultdict[str, set[int]] = defaultdict(set)
+    for part in parts:
+        taken[source_path(part)].update(part.info.rows)
+    moved: dict[str, str] = {}
+    for path, content in missing.items():
+        same = (shard.path for shard in shards if _content(shard.identity) == content)
+        new = next((candidate for candidate in same if not taken[candidate] & taken[path]), None)
+        if new is not None:
+            moved[path] = new
+            taken[new] |= taken[path]
+    return moved
+
+
+def take_away(folder: Path, parts: Sequence[Part]) -> None:
+    """Remove *parts* from *folder*, durably, or raise OutputError. Only ever under the lock.
+
+    A crash on the way leaves some of them: their source still counts as changed then.
+    """
+    if not parts:
+        return
+    with refusing(folder):
+        for part in parts:
+            part.path.unlink(missing_ok=True)
+        # Before the first new part: after a loss of power an old one must not stand beside it.
+        sync_folder(folder)
+
+
+def _content(identity: Mapping[str, str | int]) -> frozenset[tuple[str, str | int]] | None:
+    # Without a sample of the data, equal identities do not mean equal data.
+    if "sample_sha256" not in identity:
+        return None
+    return frozenset(item for item in identity.items() if item[0] != "path")
+
+
+def _differences(theirs: Mapping[str, str | int], ours: Mapping[str, str | int]) -> str:
+    keys = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    return ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in keys)
