@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from glm4v_batch.durable import sync_folder
 from glm4v_batch.errors import OutputError, OutputLockedError
 from glm4v_batch.parts import (
     RESULT_FIELDS,
@@ -28,7 +29,6 @@ from glm4v_batch.parts import (
     commit,
     list_parts,
     refusing,
-    sync_folder,
 )
 from glm4v_batch.types import Chunk, Completion, Failure, Record, Result
 

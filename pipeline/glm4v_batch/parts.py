@@ -4,13 +4,14 @@ A part becomes visible under its final name by `link()`, complete and synced, or
 `rename()` would do that too, but it silently replaces what is there; `link()` refuses.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,26 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from glm4v_batch.durable import (
+    SyncError,
+    Way,
+    discard,
+    free_bytes,
+    is_regular,
+    publish,
+    sync_folder,
+    write_synced,
+)
 from glm4v_batch.errors import OutputError
+from glm4v_batch.units import format_bytes
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"glm4v_batch"
 STATE_FOLDER = ".glm4v-batch"
 _ENDLESS = 2**62
+# For the report, the line per batch, and what the file system itself needs besides a file's bytes.
+_SPARE_BYTES = 1024**2
+_GO_ON = "What is committed is safe; then run the same command again."
 
 RESULT_FIELDS = (
     pa.field("id", pa.string()),
@@ -65,10 +80,11 @@ class PartInfo:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A committed part."""
+    """A committed part. *way* is how it got its name, where this run gave it."""
 
     path: Path
     info: PartInfo
+    way: Way = field(default="link", compare=False)
 
 
 def part_name(source: str, first_row: int, num_rows: int, fingerprint: str) -> str:
@@ -88,33 +104,77 @@ def commit(folder: Path, table: pa.Table, info: PartInfo) -> Part:
     Committing a chunk twice is harmless: a part of the same chunk and fingerprint that is
     already there stays as it is.
     """
-    source = str(info.source["path"])
-    final = folder / part_name(source, info.first_row, info.num_rows, info.fingerprint)
-    temporary = folder / STATE_FOLDER / "tmp" / f"{final.name}.{os.getpid()}"
-    with refusing(folder):
+    final = folder / part_name(str(info.source["path"]), info.first_row, info.num_rows, info.fingerprint)
+    with refusing(folder), _written(folder, final.name, table, info) as temporary:
+        part = _publish(temporary, final, info)
+        # Also for a part that was there already: whoever made it may have died before this.
+        sync_folder(folder)
+    return part
+
+
+def replace(folder: Path, table: pa.Table, info: PartInfo, old: Part) -> Part:
+    """Put *table* in the place of the part *old* of the same rows, durably, or raise OutputError.
+
+    At every instant there is either the old part or the new one, whole. To be called under the
+    folder's lock only: nothing else keeps two runs from replacing each other's answers.
+    """
+    assert (info.fingerprint, info.rows) == (old.info.fingerprint, old.info.rows), "another chunk's part"
+    with refusing(folder), _written(folder, old.path.name, table, info) as temporary:
+        if read_part(old.path).info != old.info:
+            raise OutputError(
+                f"{old.path} has changed since this run began.",
+                hint="Something else writes to this folder. Stop it, then run the same command again.",
+            )
+        temporary.replace(old.path)
+        sync_folder(folder)
+    return Part(old.path, info)
+
+
+@contextmanager
+def _written(folder: Path, name: str, table: pa.Table, info: PartInfo) -> Iterator[Path]:
+    """A temporary file that is the part of *table*, synced and read back; it is gone afterwards."""
+    data = _as_parquet(table, info)
+    check_room(folder, len(data))
+    temporary = folder / STATE_FOLDER / "tmp" / f"{name}.{os.getpid()}"
+    try:
         try:
-            _write_synced(temporary, table.replace_schema_metadata({FOOTER_KEY: _footer(info)}))
-            _check_rows(temporary, info)
-            return _publish(temporary, final, info)
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_synced(temporary, data)
+        except SyncError:
+            # The kernel may have dropped what it could not write, and would call the next sync a
+            # success. So never the same file again, but once another one, from memory.
+            discard(temporary)
+            temporary = temporary.with_name(f"{temporary.name}.again")
+            write_synced(temporary, data)
+        _check_whole(temporary, info)
+        yield temporary
+    except BaseException:
+        discard(temporary)
+        raise
+    temporary.unlink(missing_ok=True)
 
 
-def _write_synced(path: Path, table: pa.Table) -> None:
-    with path.open("wb") as file:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-        file.flush()
-        os.fsync(file.fileno())
+def _as_parquet(table: pa.Table, info: PartInfo) -> memoryview:
+    # In memory first: its size is then known before the disk is touched, and it can be written twice.
+    sink = pa.BufferOutputStream()
+    described = table.replace_schema_metadata({FOOTER_KEY: _footer(info)})
+    pq.write_table(described, sink, compression="zstd", write_page_checksum=True)
+    return memoryview(sink.getvalue())
 
 
-def _check_rows(path: Path, info: PartInfo) -> None:
-    written = pq.read_metadata(path).num_rows
-    assert written == info.num_rows, f"{path} holds {written} rows instead of {info.num_rows}"
+def _check_whole(path: Path, info: PartInfo) -> None:
+    try:
+        num_rows = read_part(path).info.num_rows
+    except OutputError as error:
+        raise OutputError(
+            f"What was written to {path.parent} reads back damaged: {error}.",
+            hint="Check the disk. What is committed is safe; then run the same command again.",
+        ) from None
+    assert num_rows == info.num_rows, f"{path} holds {num_rows} rows instead of {info.num_rows}"
 
 
 def _publish(temporary: Path, final: Path, info: PartInfo) -> Part:
     try:
-        os.link(temporary, final)
+        way = publish(temporary, final)
     except FileExistsError:
         present = read_part(final)
         if present.info != info:
@@ -123,17 +183,19 @@ def _publish(temporary: Path, final: Path, info: PartInfo) -> Part:
                 hint="Move it away, or choose another output.path.",
             ) from None
         return present
-    sync_folder(final.parent)
-    return Part(final, info)
+    return Part(final, info, way)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in *folder* durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raise OutputError unless the disk of *folder* has room for *needed_bytes* and a little more."""
+    with refusing(folder):
+        found = free_bytes(folder)
+    if found is not None and found < needed_bytes + _SPARE_BYTES:
+        raise OutputError(
+            f"The disk of {folder} has {format_bytes(found)} free, and what is to be written next needs "
+            f"about {format_bytes(needed_bytes + _SPARE_BYTES)}.",
+            hint=f"Make room. {_GO_ON}",
+        )
 
 
 @contextmanager
@@ -144,8 +206,28 @@ def refusing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{folder} cannot be written: {error.strerror or error}.",
-            hint="What is committed is safe. Mend this, then run the same command again.",
+            hint=f"{_what_to_do(error.errno)} {_GO_ON}",
         ) from error
+
+
+def _what_to_do(number: int | None) -> str:
+    match number:
+        case errno.ENOSPC:
+            return "Make room, for files or for their number."
+        case errno.EDQUOT:
+            return "Make room, or have the quota raised."
+        case errno.EROFS:
+            return "Mount it writable; a kernel that made it read-only by itself says why in 'dmesg'."
+        case errno.EIO:
+            return "Check the disk: 'dmesg' says what happened."
+        case errno.EMFILE | errno.ENFILE:
+            return "Allow more open files ('ulimit -n')."
+        case errno.ENOENT | errno.ESTALE:
+            return "It was moved or removed while the run went on: put it back, or begin anew."
+        case errno.EACCES | errno.EPERM:
+            return "Mend its permissions."
+        case _:
+            return "Mend this."
 
 
 def _footer(info: PartInfo) -> bytes:
@@ -212,19 +294,41 @@ def _refuse_overlaps(parts: Sequence[Part]) -> None:
 
 def read_part(path: Path) -> Part:
     """What the footer of *path* says. Raises OutputError where it is damaged or not ours."""
-    try:
+    with _damage_of(path):
         metadata = pq.read_metadata(path)
-    except PermissionError:
-        raise OutputError(
-            f"{path} may not be read by this user.",
-            hint="Mend its permissions; the part itself may be whole.",
-        ) from None
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"{path.name} is damaged: {error}") from None
     footer = (metadata.metadata or {}).get(FOOTER_KEY)
     if footer is None:
         raise OutputError(f"{path.name} was not written by glm4v-batch")
     return Part(path, _info(path, footer, metadata.num_rows))
+
+
+def read_rows(part: Part) -> pa.Table:
+    """All rows and columns of *part*, its page checksums verified. Raises OutputError where it is damaged."""
+    with _damage_of(part.path), pq.ParquetFile(part.path, page_checksum_verification=True) as file:
+        table = file.read()
+    if table.num_rows != part.info.num_rows:
+        raise OutputError(
+            f"{part.path.name} holds {table.num_rows} rows, its footer says {part.info.num_rows}"
+        )
+    return table.replace_schema_metadata(None)
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading *path* into an OutputError, which has a hint if it is no damage."""
+    try:
+        # Opening a pipe would wait for ever, and a link's target is nobody's to keep.
+        if not is_regular(path):
+            raise OutputError(f"{path.name} is damaged: it is a folder, a link or a pipe instead of a file")
+        yield
+    except (OSError, pa.ArrowException) as error:
+        number = getattr(error, "errno", None)
+        if number is None:
+            raise OutputError(f"{path.name} is damaged: {str(error).strip()}") from None
+        raise OutputError(
+            f"{path} cannot be read: {os.strerror(number)}.",
+            hint=f"The part itself may be whole. {_what_to_do(number)}",
+        ) from None
 
 
 def _info(path: Path, footer: bytes, num_rows: int) -> PartInfo:

@@ -11,17 +11,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4v_batch.errors import OutputError
-from glm4v_batch.parts import STATE_FOLDER, PartInfo, commit, gaps, list_parts, part_name
+from glm4v_batch.parts import (
+    STATE_FOLDER,
+    PartInfo,
+    commit,
+    gaps,
+    list_parts,
+    part_name,
+    read_rows,
+    replace,
+)
 
 
-def info(first_row: int = 0, num_rows: int = 3, fingerprint: str = "f" * 64) -> PartInfo:
-    return PartInfo(
-        fingerprint, {"prompt.user": "hi"}, {"path": "a.parquet", "size": 9}, first_row, num_rows, num_rows, 0
-    )
+def info(first_row: int = 0, num_rows: int = 3, fingerprint: str = "f" * 64, num_failed: int = 0) -> PartInfo:
+    source: dict[str, str | int] = {"path": "a.parquet", "size": 9}
+    num_ok = num_rows - num_failed
+    return PartInfo(fingerprint, {"prompt.user": "hi"}, source, first_row, num_rows, num_ok, num_failed)
 
 
 def table(num_rows: int = 3) -> pa.Table:
     return pa.table({"id": [str(n) for n in range(num_rows)]})
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0xFF
+    path.write_bytes(data)
 
 
 @pytest.fixture
@@ -48,10 +63,7 @@ def test_a_commit_leaves_no_temporary_file(folder: Path) -> None:
 def test_parts_carry_page_checksums(folder: Path) -> None:
     part = commit(folder, table(), info())
 
-    damaged = bytearray(part.path.read_bytes())
-    damaged[30] ^= 0xFF
-    part.path.chmod(0o644)
-    part.path.write_bytes(damaged)
+    flip(part.path, 30)
 
     with pytest.raises(OSError, match="CRC"):
         pq.read_table(part.path, page_checksum_verification=True)
@@ -80,10 +92,9 @@ def test_a_foreign_file_under_a_parts_name_is_never_replaced(folder: Path) -> No
 
 def test_another_settlement_of_the_same_rows_is_refused(folder: Path) -> None:
     commit(folder, table(), info())
-    other = PartInfo("f" * 64, {"prompt.user": "hi"}, {"path": "a.parquet", "size": 9}, 0, 3, 2, 1)
 
     with pytest.raises(OutputError, match="exists already"):
-        commit(folder, table(), other)
+        commit(folder, table(), info(num_failed=1))
 
 
 def test_all_unusable_parts_are_named_at_once(folder: Path) -> None:
@@ -125,6 +136,43 @@ def test_the_data_is_durable_before_the_name_and_the_name_before_commit_returns(
     commit(folder, table(), info())
 
     assert calls == ["fsync file", "link", "fsync folder"]
+
+
+def test_the_rows_of_a_part_are_read_back_as_they_were_written(folder: Path) -> None:
+    part = commit(folder, table(), info())
+
+    assert read_rows(part).equals(table())
+
+
+def test_a_flipped_byte_in_a_page_is_refused_by_the_name_of_its_part(folder: Path) -> None:
+    part = commit(folder, table(), info())
+    flip(part.path, 30)
+
+    with pytest.raises(OutputError, match=rf"{part.path.name} is damaged: .*CRC"):
+        read_rows(part)
+
+
+def test_a_replaced_part_keeps_its_name_and_nothing_else(folder: Path) -> None:
+    old = commit(folder, table(), info(num_failed=1))
+
+    new = replace(folder, pa.table({"id": ["a", "b", "c"]}), info(), old)
+
+    assert list_parts(folder) == [new]
+    assert new.path == old.path
+    assert new.info.num_failed == 0
+    assert read_rows(new).column("id").to_pylist() == ["a", "b", "c"]
+    assert list((folder / STATE_FOLDER / "tmp").iterdir()) == []
+
+
+def test_a_part_that_someone_else_has_changed_is_not_replaced(folder: Path) -> None:
+    old = commit(folder, table(), info(num_failed=1))
+    theirs = replace(folder, table(), info(num_failed=2), old)
+
+    with pytest.raises(OutputError, match="has changed since"):
+        replace(folder, table(), info(), old)
+
+    assert list_parts(folder) == [theirs]
+    assert list((folder / STATE_FOLDER / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize(
