@@ -23,7 +23,7 @@ from glm4v_batch.placement import priors
 from glm4v_batch.plan import OpenJob, Plan, make_plan, preprocess_settings
 from glm4v_batch.preprocess import preprocess
 from glm4v_batch.replicas import Replicas
-from glm4v_batch.report import Report
+from glm4v_batch.report import Report, trim_runs
 from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, ReplicaLost, ReplicaReady
 from glm4v_batch.worker import work
 
@@ -66,6 +66,7 @@ def run(opened: OpenJob, limit: int | None = None) -> Generator[Event, None, Non
     """
     folder = Path(opened.job.output.path)
     with locked(folder):
+        trim_runs(folder)
         plan = make_plan(opened, limit)
         yield plan
         num_failed = sum(part.info.num_failed for part in plan.parts)

@@ -8,15 +8,13 @@ import os
 import resource
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import islice
-from operator import and_, or_
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +36,7 @@ _MAX_BATCH_ROWS = 4096
 _MAX_ROW = 2**62
 # A row number alone takes more than a byte, compressed; such a file would be read for days.
 _MAX_ROWS_PER_BYTE = 16
-_NUM_THREADS = 4
-_MEMORY_BYTES = 3 << 29
+_MEMORY_BYTES = 768 << 20
 
 _ANSWER = ("text", "finish_reason", "prompt_tokens", "completion_tokens")
 _ERROR = ("error_stage", "error_code", "error_message")
@@ -47,7 +44,6 @@ _MOVE_AWAY = "Move it out of the folder; the next run does its rows again."
 _MEND_DISK = "Mend that first; the part itself may be whole."
 
 Kind = Literal["unreadable", "inconsistent", "other_job", "doubled", "changed", "beyond", "missing"]
-Mask = NDArray[np.bool_]
 Ids = NDArray[np.int64]
 
 
@@ -69,7 +65,8 @@ class PartCheck:
     """What reading a whole part showed.
 
     *info* is None where its footer cannot be used. *failures* counts its failed rows by code; *ids*
-    holds a hash of each row's id. *has_checksums* tells whether all of its columns carry them.
+    holds a hash of each row's id. *has_checksums* tells whether its pages carry them;
+    *passed* names the columns passed through with their types.
     """
 
     path: Path
@@ -78,6 +75,7 @@ class PartCheck:
     failures: Mapping[str, int] = field(default_factory=dict)
     ids: Ids = field(default_factory=lambda: _NO_IDS, repr=False, compare=False)
     has_checksums: bool = True
+    passed: tuple[str, ...] = ()
 
     def without_ids(self) -> "PartCheck":
         """The same, in little memory."""
@@ -93,33 +91,12 @@ class _UnusableError(Exception):
 
 
 def check_parts(paths: Iterable[Path]) -> Iterator[PartCheck]:
-    """What is wrong with each of *paths*, in any order; those that are gone meanwhile are left out."""
-    names = list(paths)
-    with _limited_memory(), ThreadPoolExecutor(_NUM_THREADS, "verify") as threads:
-        starved = []
-        for path, checks in zip(names, threads.map(_unless_starved, names), strict=True):
-            if checks is None:
-                starved.append(path)
-            else:
-                yield from checks
-        # What one part eats, its neighbours lack: alone, each is judged by itself.
-        for path in starved:
-            yield from _unless_starved(path) or [PartCheck(path, faults=(_hungry(path),))]
-
-
-def _unless_starved(path: Path) -> list[PartCheck] | None:
-    """The check of *path*, if it is still there; None where the memory did not suffice."""
-    try:
-        return [check_part(path)]
-    except FileNotFoundError:
-        return []
-    except MemoryError:
-        return None
-
-
-def _hungry(path: Path) -> Fault:
-    what = f"{_shown(path)} needs more than {format_bytes(_MEMORY_BYTES)} of memory to read, as no part does."
-    return Fault("unreadable", path.name, what, _MOVE_AWAY)
+    """What is wrong with each of *paths*; one that is gone meanwhile is left out."""
+    # One after the other: threads were slower, as half of the work is Python's.
+    with _limited_memory():
+        for path in paths:
+            with suppress(FileNotFoundError):
+                yield check_part(path)
 
 
 @contextmanager
@@ -141,10 +118,7 @@ def _limited_memory() -> Iterator[None]:
 
 
 def check_part(path: Path) -> PartCheck:
-    """What is wrong with the part at *path*, and what it holds.
-
-    Raises FileNotFoundError where it is gone, MemoryError where reading it takes too much.
-    """
+    """What is wrong with the part at *path*, and what it holds. Raises FileNotFoundError where it is gone."""
     while True:
         before = _version(path)
         check = _check(path)
@@ -166,9 +140,7 @@ def _check(path: Path) -> PartCheck:
     reading = _Reading(path, info)
     try:
         reading.read()
-    except MemoryError:
-        raise
-    except (OSError, pa.ArrowException, _UnusableError) as error:
+    except (OSError, MemoryError, UnicodeError, pa.ArrowException, _UnusableError) as error:
         what = f"{_shown(path)} is damaged: {_first_line(error)}."
         # Arrow's own finding has no number; the system's trouble has.
         todo = _MEND_DISK if getattr(error, "errno", None) else _MOVE_AWAY
@@ -183,7 +155,7 @@ def _footer(path: Path) -> PartInfo:
         info = read_part(path).info
     except OutputError as error:
         raise _UnusableError(f"{sanitise(str(error)).rstrip('.')}.") from None
-    except (TypeError, RecursionError):  # it may hold anything that JSON can
+    except (TypeError, RecursionError, UnicodeError):  # it may hold anything, and so may its columns' names
         raise _UnusableError(f"{_shown(path)} has a footer that cannot be read.") from None
     if not _is_plausible(info):
         raise _UnusableError(f"{_shown(path)} has a footer that no run writes.")
@@ -233,6 +205,7 @@ class _Reading:
         self._failures: Counter[str] = Counter()
         self._ids: list[Ids] = []
         self._has_checksums = True
+        self._passed: tuple[str, ...] = ()
 
     def read(self) -> None:
         """Look at the name, the footer and every page."""
@@ -251,7 +224,8 @@ class _Reading:
         )
         metadata = parquet.metadata
         _refuse_lies(metadata, file.size())
-        self._has_checksums = _has_checksums(file, metadata)
+        # A writer gives one to all pages or to none, and the first page follows the magic bytes.
+        self._has_checksums = _page_has_checksum(file.read_at(32, len(_MAGIC)))
         if self._has_other_columns(parquet.schema_arrow):
             return
         for group in range(metadata.num_row_groups):
@@ -265,20 +239,22 @@ class _Reading:
         expected = pa.schema(RESULT_FIELDS)
         passed = self._info.settings.get("output.columns", [])
         found = pa.schema(list(schema)[: len(expected)])
+        self._passed = tuple(f"{field.name} {field.type}" for field in list(schema)[len(expected) :])
         if found.equals(expected) and schema.names[len(expected) :] == passed:
             return False
         self._add("has other columns than the parts of its job have")
         return True
 
     def _take(self, batch: pa.RecordBatch) -> None:
-        expected = np.arange(self._next_row, self._next_row + batch.num_rows)
-        for what, mask in _wrong_rows(batch, expected, str(self._info.source["path"])):
-            if mask.any():
-                num_before, first = self._wrong.get(what, (0, int(expected[mask.argmax()])))
-                self._wrong[what] = (num_before + int(np.count_nonzero(mask)), first)
+        first_row, source = self._next_row, str(self._info.source["path"])
+        for what, mask in _wrong_rows(batch, first_row, source):
+            if count := _num_true(mask):
+                num_before, first = self._wrong.get(what, (0, first_row + pc.index(mask, True).as_py()))
+                self._wrong[what] = (num_before + count, first)
         self._next_row += batch.num_rows
-        self._num_ok += int(np.count_nonzero(_equals(batch, "status", "ok")))
-        self._failures.update(code for code in batch.column("error_code").to_pylist() if code is not None)
+        self._num_ok += _num_true(_equals(batch, "status", "ok"))
+        if batch.column("error_code").null_count < batch.num_rows:
+            self._failures.update(code for code in batch.column("error_code").to_pylist() if code is not None)
         self._ids.append(np.fromiter(map(hash, batch.column("id").to_pylist()), np.int64, batch.num_rows))
 
     def _compare_counts(self) -> None:
@@ -305,49 +281,52 @@ class _Reading:
             failures=dict(self._failures),
             ids=np.concatenate(self._ids) if self._ids else _NO_IDS,
             has_checksums=self._has_checksums,
+            passed=self._passed,
         )
 
 
-def _wrong_rows(
-    batch: pa.RecordBatch, expected: NDArray[np.int64], source: str
-) -> Iterator[tuple[str, Mask]]:
-    """What may be wrong with a row, and the rows with which it is."""
-    null = {name: _numpy(batch.column(name).is_null()) for name in ("id", *_ANSWER, *_ERROR)}
+def _wrong_rows(batch: pa.RecordBatch, first_row: int, source: str) -> Iterator[tuple[str, pa.Array]]:
+    """What may be wrong with a row, and a mask of the rows with which it is."""
+    expected = pa.array(np.arange(first_row, first_row + batch.num_rows))
     ok, failed = _equals(batch, "status", "ok"), _equals(batch, "status", "failed")
-    lacks_answer = reduce(or_, (null[name] for name in _ANSWER))
-    lacks_reason = reduce(or_, (null[name] for name in _ERROR))
-    yield "out of order", _numpy(pc.fill_null(batch.column("row"), -1)) != expected
-    yield "of another source", ~_equals(batch, "source", source)
-    yield "without an id", null["id"]
-    yield "with a status other than ok and failed", ~(ok | failed)
-    yield "that count as ok without an answer", ok & lacks_answer
-    yield "that count as ok with an error", ok & ~reduce(and_, (null[name] for name in _ERROR))
-    yield "that count as failed without a reason", failed & lacks_reason
-    yield "that count as failed with an answer", failed & ~reduce(and_, (null[name] for name in _ANSWER))
-    unknown = {
-        "finish_reason": ok & ~lacks_answer,
-        "error_stage": failed,
-        "error_code": failed & ~lacks_reason,
-    }
-    for column, rows in unknown.items():
-        yield f"with an unknown {column}", rows & ~null[column] & ~_is_known(batch, column)
+    answered, lacks_answer = _holds_any(batch, _ANSWER), _lacks_any(batch, _ANSWER)
+    explained, lacks_reason = _holds_any(batch, _ERROR), _lacks_any(batch, _ERROR)
+    yield "out of order", pc.invert(pc.equal(pc.fill_null(batch.column("row"), -1), expected))
+    yield "of another source", pc.invert(_equals(batch, "source", source))
+    yield "without an id", pc.is_null(batch.column("id"))
+    yield "with a status other than ok and failed", pc.invert(pc.or_(ok, failed))
+    yield "that count as ok without an answer", pc.and_(ok, lacks_answer)
+    yield "that count as ok with an error", pc.and_(ok, explained)
+    yield "that count as failed without a reason", pc.and_(failed, lacks_reason)
+    yield "that count as failed with an answer", pc.and_(failed, answered)
+    for column in ("finish_reason", "error_stage", "error_code"):
+        yield f"with an unknown {column}", _is_unknown(batch, column)
 
 
-def _is_known(batch: pa.RecordBatch, column: str) -> Mask:
+def _holds_any(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.Array:
+    return reduce(pc.or_, (pc.is_valid(batch.column(name)) for name in columns))
+
+
+def _lacks_any(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.Array:
+    return reduce(pc.or_, (pc.is_null(batch.column(name)) for name in columns))
+
+
+def _is_unknown(batch: pa.RecordBatch, column: str) -> pa.Array:
     cells = batch.column(column)
     if column == "error_code":
-        return _numpy(pc.fill_null(pc.match_substring_regex(cells, r"^[a-z][a-z0-9_]*$"), fill_value=False))
-    known = get_args(FinishReason if column == "finish_reason" else Stage)
-    return _numpy(pc.is_in(cells, value_set=pa.array(known)))
+        known = pc.fill_null(pc.match_substring_regex(cells, r"^[a-z][a-z0-9_]*$"), fill_value=True)
+    else:
+        values = get_args(FinishReason if column == "finish_reason" else Stage)
+        known = pc.is_in(cells, value_set=pa.array([*values, None], pa.string()))
+    return pc.invert(known)
 
 
-def _equals(batch: pa.RecordBatch, column: str, value: str) -> Mask:
-    return _numpy(pc.fill_null(pc.equal(batch.column(column), value), fill_value=False))
+def _equals(batch: pa.RecordBatch, column: str, value: str) -> pa.Array:
+    return pc.fill_null(pc.equal(batch.column(column), value), fill_value=False)
 
 
-def _numpy(column: pa.Array) -> NDArray[Any]:
-    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
-    return values
+def _num_true(mask: pa.Array) -> int:
+    return int(mask.true_count)
 
 
 def _refuse_lies(metadata: pq.FileMetaData, size: int) -> None:
@@ -359,20 +338,10 @@ def _refuse_lies(metadata: pq.FileMetaData, size: int) -> None:
 
 
 def _rows_at_once(group: pq.RowGroupMetaData) -> int:
-    num_bytes = sum(group.column(index).total_uncompressed_size for index in range(group.num_columns))
-    return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * int(group.num_rows) // max(1, int(num_bytes))))
-
-
-def _has_checksums(file: pa.NativeFile, metadata: pq.FileMetaData) -> bool:
-    """Whether the first page of every column has one: a writer gives one to all pages or to none."""
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-    return all(_page_has_checksum(file.read_at(32, _first_page(column))) for column in columns)
-
-
-def _first_page(column: pq.ColumnChunkMetaData) -> int:
-    offsets = (column.dictionary_page_offset, column.data_page_offset)
-    return max(0, min(int(offset) for offset in offsets if offset is not None))
+    # The whole group's size: asking for a column's aborts the process where the footer is damaged.
+    return max(
+        1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * int(group.num_rows) // max(1, int(group.total_byte_size)))
+    )
 
 
 def _page_has_checksum(header: bytes) -> bool:

@@ -187,7 +187,7 @@ def _read(paths: Sequence[Path]) -> _Survey:
         if num_ids <= _MAX_IDS:
             ids.append(check.ids)
     checks.sort(key=lambda check: check.path.name)
-    notices = [*_about_ids(ids, is_all=num_ids <= _MAX_IDS), *_about_checksums(checks)]
+    notices = [*_about_ids(ids, is_all=num_ids <= _MAX_IDS), *_about_checksums(checks), *_about_types(checks)]
     return _Survey(tuple(checks), tuple(notices))
 
 
@@ -204,6 +204,18 @@ def _about_checksums(checks: Sequence[PartCheck]) -> Iterator[str]:
     without = [check.path.name for check in checks if check.info is not None and not check.has_checksums]
     if without:
         yield f"{_some(without, 'part')} without page checksums: damage to the data may not show"
+
+
+def _about_types(checks: Sequence[PartCheck]) -> Iterator[str]:
+    # Wider numbers of later files do this, and so does damage to a footer, which has no checksum.
+    by_types: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for check in checks:
+        if not check.faults:
+            by_types[check.passed].append(check.path.name)
+    (usual, _), *others = sorted(by_types.items(), key=lambda item: -len(item[1])) or [((), [])]
+    for types, names in others:
+        differing = ", ".join(sorted(set(types) - set(usual)))
+        yield f"{_some(names, 'part')} with other types than the rest: {sanitise(differing)}"
 
 
 def _some(names: Sequence[str], noun: str) -> str:
