@@ -140,7 +140,11 @@ def _check(path: Path) -> PartCheck:
     reading = _Reading(path, info)
     try:
         reading.read()
-    except (OSError, MemoryError, UnicodeError, pa.ArrowException, _UnusableError) as error:
+    except MemoryError:
+        limit = format_bytes(_MEMORY_BYTES)
+        what = f"{_shown(path)} takes more memory to read than any part does: over {limit}."
+        reading.faults.append(Fault("unreadable", path.name, what, _MOVE_AWAY))
+    except (OSError, UnicodeError, pa.ArrowException, _UnusableError) as error:
         what = f"{_shown(path)} is damaged: {_first_line(error)}."
         # Arrow's own finding has no number; the system's trouble has.
         todo = _MEND_DISK if getattr(error, "errno", None) else _MOVE_AWAY

@@ -175,10 +175,10 @@ def parts_of(num_parts: int, rows_per_part: int) -> Iterator[tuple[pa.Table, Par
         yield table, PartInfo(fingerprint(settings), settings, source, first, len(rows), len(rows), 0)
 
 
-def write(folder: Path, table: pa.Table, info: PartInfo, **options: object) -> None:
+def write(folder: Path, table: pa.Table, info: PartInfo) -> None:
     name = part_name(str(info.source["path"]), info.first_row, info.num_rows, info.fingerprint)
     table = table.replace_schema_metadata({FOOTER_KEY: _footer(info)})
-    pq.write_table(table, folder / name, compression="zstd", write_page_checksum=True, **options)
+    pq.write_table(table, folder / name, compression="zstd", write_page_checksum=True)
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
@@ -197,7 +197,12 @@ def test_a_part_made_to_eat_memory_is_a_fault_and_costs_less_than_1_gib(tmp_path
     ((table, info),) = parts_of(1, rows_per_part=20_000)
     text = pa.DictionaryArray.from_arrays([0] * 20_000, pa.array(["a" * (64 << 20)]))
     bomb = table.set_column(1, "text", text)
-    write(tmp_path, bomb, info, store_schema=False, dictionary_pagesize_limit=GIB)
+    path = tmp_path / part_name("a.parquet", 0, 20_000, info.fingerprint)
+    # Without Arrow's own schema the column says of itself that it is plain text.
+    options = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit": GIB}
+    with pq.ParquetWriter(path, bomb.schema, **options) as writer:
+        writer.write_table(bomb)
+        writer.add_key_value_metadata({FOOTER_KEY: _footer(info)})
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1 << 20
 
     peak = peak_rss_bytes("verify", tmp_path)
@@ -205,5 +210,5 @@ def test_a_part_made_to_eat_memory_is_a_fault_and_costs_less_than_1_gib(tmp_path
     verdict = run_command("verify", tmp_path)
 
     assert verdict.returncode == 5
-    assert "Traceback" not in verdict.stderr
+    assert "takes more memory to read than any part does" in verdict.stdout
     assert peak < GIB
