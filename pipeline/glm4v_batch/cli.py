@@ -266,6 +266,29 @@ def status(folder: Path, as_json: bool) -> None:
 
 
 @main.command()
+@_out_folder
+@click.option("--source", "with_source", is_flag=True, help="Compare with the input as well.")
+@_as_json
+@click.pass_context
+def verify(ctx: click.Context, folder: Path, with_source: bool, as_json: bool) -> None:
+    """Prove that every row stands exactly once; exit 5 where one does not.
+
+    Reads every page of every part and changes nothing, so it may run beside a run. With --source,
+    rows are counted against the input that the job names, from the same current folder.
+
+    \b
+    Example:
+        glm4v-batch verify out/caption --source
+    """
+    from glm4v_batch.verdict_text import verdict_as_json, verdict_as_text
+    from glm4v_batch.verify import verify as verify_folder
+
+    verdict = verify_folder(folder, with_source=with_source)
+    click.echo(verdict_as_json(verdict) if as_json else verdict_as_text(verdict))
+    ctx.exit(verdict.exit_code)
+
+
+@main.command()
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default=Path("jobs/caption.yaml"))
 def init(path: Path) -> None:
     """Write a commented job file to begin with.

@@ -28,7 +28,7 @@ from glm4v_batch.placement import priors
 from glm4v_batch.plan import EVERYTHING, Asked, OpenJob, Plan, make_plan, open_job, preprocess_settings
 from glm4v_batch.preprocess import preprocess
 from glm4v_batch.replicas import Replicas
-from glm4v_batch.report import Report
+from glm4v_batch.report import Report, trim_runs
 from glm4v_batch.retry import Replaced, Replacements, Retry, retried_records
 from glm4v_batch.stopping import Interrupted, OutOfTime, Reason, Stop, stopping
 from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, Notice, ReplicaLost, ReplicaReady
@@ -95,6 +95,7 @@ def run(
 
 
 def _run(opened: OpenJob, lock: Lock, asked: Asked, until: datetime | None) -> Iterator[Event]:
+    trim_runs(lock.folder)
     plan = make_plan(opened, asked)
     yield plan
     report = _report(plan)

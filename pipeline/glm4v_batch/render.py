@@ -299,6 +299,8 @@ def status_as_text(status: "Status") -> str:
         f"committed    {rows}: {status.num_ok:,} ok, {status.num_failed:,} failed",
     ]
     lines += [f"  {count:>10,}  {code}" for code, count in status.failures.items()]
+    if status.num_failed:
+        lines.append("retry        glm4v-batch run JOB --retry-failed")
     lines += [f"source       {path}: {_rows(count)}" for path, count in status.sources.items()]
     lines += [f"batches      {line}" for line in _batch_lines(status.batches)]
     return "\n".join(lines)

@@ -9,8 +9,9 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Report:
     def add_batch(self, run: BatchRun) -> None:
         """Keep what a batch measured, on disk too."""
         self._runs.append(run)
-        self._num_batches.update(num=1, out_of_memory=run.out_of_memory)
+        self._num_batches.update(num=1, out_of_memory=int(run.out_of_memory))
         line = json.dumps({"context": self._contexts[run.replica], **asdict(run)})
         with self._tolerating(), (self._folder / "batches.jsonl").open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
@@ -213,6 +214,24 @@ def read_runs(folder: Path) -> Iterator[tuple[str, BatchRun]]:
             run = _parse_run(line)
             if run is not None:
                 yield run
+
+
+def trim_runs(folder: Path) -> None:
+    """Let `batches.jsonl` of the output *folder*, which this process must hold, keep its last lines only.
+
+    Every run reads it whole, and it would grow for ever.
+    """
+    path = folder / STATE_FOLDER / "batches.jsonl"
+    temporary = path.with_name("tmp") / f"batches.{os.getpid()}"
+    # Only tidying: what keeps it from being done must not keep the run from its work.
+    with suppress(OSError):
+        with path.open("rb") as file:
+            num_lines = sum(1 for _ in file)
+        if num_lines <= _MEMORY_OF_RUNS:
+            return
+        with path.open("rb") as file, temporary.open("wb") as kept:
+            kept.writelines(islice(file, num_lines - _MEMORY_OF_RUNS, None))
+        temporary.replace(path)
 
 
 def _parse_run(line: str) -> tuple[str, BatchRun] | None:

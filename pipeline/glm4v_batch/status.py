@@ -1,6 +1,5 @@
 """Read an output folder, and nothing else: what is committed, what failed, how good the predictions were."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from glm4v_batch.described import job_name
 from glm4v_batch.errors import OutputError
 from glm4v_batch.parts import STATE_FOLDER, Part, list_parts
 from glm4v_batch.report import batch_figures, read_report, read_runs
@@ -39,7 +39,7 @@ def read_status(folder: Path) -> Status:
         sources[str(part.info.source["path"])] += part.info.num_rows
     return Status(
         folder=folder,
-        job_name=_job_name(folder),
+        job_name=job_name(folder),
         num_parts=len(parts),
         num_ok=sum(part.info.num_ok for part in parts),
         num_failed=sum(part.info.num_failed for part in parts),
@@ -57,11 +57,3 @@ def _failures(parts: list[Part]) -> dict[str, int]:
             column = pq.read_table(part.path, columns=["error_code"]).column("error_code")
             codes.update(code for code in column.to_pylist() if code is not None)
     return dict(codes.most_common())
-
-
-def _job_name(folder: Path) -> str | None:
-    try:
-        described = json.loads((folder / STATE_FOLDER / "job.json").read_text(encoding="utf-8"))
-        return str(described["job"]["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -50,6 +50,7 @@ def imported_by(arguments: list[str]) -> set[str]:
         ["schema"],
         ["init", "{tmp}/new.yaml"],
         ["status", "{tmp}"],
+        ["verify", "{tmp}"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
@@ -58,7 +59,7 @@ def test_light_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str
 
     assert "click" in modules
     assert modules & HEAVY == set()
-    if arguments[0] != "status":
+    if arguments[0] not in ("status", "verify"):
         assert "pyarrow" not in modules
 
 
@@ -141,8 +142,9 @@ def test_a_gpu_that_is_not_there_cannot_be_used(tmp_path: Path, make_source: Mak
     assert "devices.use names GPU 99" in refused.stderr
 
 
-def test_a_folder_that_is_no_output_is_refused(tmp_path: Path) -> None:
-    refused = run_command("status", tmp_path)
+@pytest.mark.parametrize("command", ["status", "verify"])
+def test_a_folder_that_is_no_output_is_refused(tmp_path: Path, command: str) -> None:
+    refused = run_command(command, tmp_path)
 
     assert refused.returncode == 5
     assert "is not an output folder" in refused.stderr
@@ -201,7 +203,7 @@ def test_inspect_shows_rows_as_the_model_sees_them(tmp_path: Path, make_source: 
 
 
 def test_help_of_every_command_ends_in_an_example() -> None:
-    for command in ("run", "plan", "validate", "inspect", "status", "init", "schema"):
+    for command in ("run", "plan", "validate", "inspect", "status", "verify", "init", "schema"):
         assert f"glm4v-batch {command}" in run_command(command, "--help").stdout
 
 

@@ -121,6 +121,19 @@ def test_a_finished_run_changes_no_part(tmp_path: Path, make_source: MakeSource)
     assert times(tmp_path / "out") == before
 
 
+def test_a_run_does_not_let_its_memory_of_batches_grow_for_ever(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(5), tmp_path / "out")
+    run_command("run", job)
+    batches = tmp_path / "out" / ".glm4v-batch" / "batches.jsonl"
+    batches.write_text(batches.read_text() * 10_005)
+
+    run_command("run", job)
+
+    assert len(batches.read_text().splitlines()) == 10_000
+
+
 def test_another_prompt_on_the_same_folder_is_refused_with_the_key(
     tmp_path: Path, make_source: MakeSource
 ) -> None:
@@ -277,6 +290,7 @@ def test_status_reads_the_folder_alone(tmp_path: Path, make_source: MakeSource) 
 
     assert text.returncode == 0
     assert "30 rows in 2 parts: 29 ok, 1 failed" in text.stdout
+    assert "glm4v-batch run JOB --retry-failed" in text.stdout
     assert (found["num_ok"], found["num_failed"], found["job_name"]) == (29, 1, "test")
     assert list(found["sources"].values()) == [30]
     assert sum(found["failures"].values()) == 1

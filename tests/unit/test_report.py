@@ -8,7 +8,7 @@ import pytest
 
 from glm4v_batch.devices import DeviceUse
 from glm4v_batch.parts import STATE_FOLDER
-from glm4v_batch.report import Report, batch_figures, read_report, read_runs
+from glm4v_batch.report import Report, batch_figures, read_report, read_runs, trim_runs
 from glm4v_batch.speed import TimeEstimate
 from glm4v_batch.types import BatchRun, Chunk, ReplicaLost, ReplicaReady
 from tests.builders import completion, failure, shape
@@ -116,6 +116,45 @@ def test_a_line_that_a_crash_cut_short_is_passed_over(folder: Path) -> None:
     path.write_text(whole + whole[: len(whole) // 2])
 
     assert len(list(read_runs(folder))) == 1
+
+
+def test_the_last_10000_batches_are_kept_and_the_others_go(folder: Path) -> None:
+    path = folder / STATE_FOLDER / "batches.jsonl"
+    path.write_text("".join(f"{number}\n" for number in range(10_003)))
+
+    trim_runs(folder)
+
+    assert path.read_text().split() == [str(number) for number in range(3, 10_003)]
+    assert list((folder / STATE_FOLDER / "tmp").iterdir()) == []
+
+
+def test_few_batches_or_none_stay_as_they_are(folder: Path) -> None:
+    trim_runs(folder)
+    Report(folder, ["c"]).add_batch(batch())
+    path = folder / STATE_FOLDER / "batches.jsonl"
+    before = path.stat()
+
+    trim_runs(folder)
+
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_batches_that_cannot_be_trimmed_keep_no_run_from_its_work(folder: Path) -> None:
+    path = folder / STATE_FOLDER / "batches.jsonl"
+    path.write_text("{}\n" * 10_001)
+    (folder / STATE_FOLDER / "tmp").rmdir()
+
+    trim_runs(folder)
+
+    assert len(path.read_text().split()) == 10_001
+
+
+def test_a_batch_out_of_memory_is_counted_as_a_number(folder: Path) -> None:
+    report = Report(folder, ["c"])
+
+    report.add_batch(batch())
+
+    assert json.dumps(report.as_dict()["batches"]["out_of_memory"]) == "0"
 
 
 def test_figures_compare_predicted_and_measured_peaks() -> None:
