@@ -22,7 +22,7 @@ from glm4v_batch.engines.loading import ReplicaSettings, load_engine
 from glm4v_batch.errors import SourceError
 from glm4v_batch.failure_watch import FailureWatch, TooManyFailed
 from glm4v_batch.job import Job
-from glm4v_batch.output import Output, describe, locked, offload_folder
+from glm4v_batch.output import Lock, Output, describe, locked, offload_folder
 from glm4v_batch.parts import Part
 from glm4v_batch.placement import priors
 from glm4v_batch.plan import EVERYTHING, Asked, OpenJob, Plan, make_plan, open_job, preprocess_settings
@@ -31,7 +31,7 @@ from glm4v_batch.replicas import Replicas
 from glm4v_batch.report import Report
 from glm4v_batch.retry import Replaced, Replacements, Retry, retried_records
 from glm4v_batch.stopping import Interrupted, OutOfTime, Reason, Stop, stopping
-from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, ReplicaLost, ReplicaReady
+from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, Notice, ReplicaLost, ReplicaReady
 from glm4v_batch.worker import Collects, Item, new_records, work
 
 _LOOK_SECONDS = 1.0
@@ -68,7 +68,7 @@ class DevicesSeen:
     uses: tuple[DeviceUse, ...]
 
 
-Event = Plan | Part | Replaced | DevicesSeen | EngineEvent | Outcome
+Event = Plan | Part | Replaced | DevicesSeen | EngineEvent | Notice | Outcome
 
 
 def run_job(
@@ -78,8 +78,8 @@ def run_job(
 
     Opening a large source takes a while, and a second run is to be refused at once.
     """
-    with locked(Path(job.output.path)):
-        yield from _run(open_job(job), asked, until)
+    with locked(Path(job.output.path)) as lock:
+        yield from _run(lock, open_job(job), asked, until)
 
 
 def run(
@@ -90,11 +90,11 @@ def run(
     It begins nothing that cannot be done by *until*. Raises what `locked` and `make_plan` raise;
     what is committed by then stays.
     """
-    with locked(Path(opened.job.output.path)):
-        yield from _run(opened, asked, until)
+    with locked(Path(opened.job.output.path)) as lock:
+        yield from _run(lock, opened, asked, until)
 
 
-def _run(opened: OpenJob, asked: Asked, until: datetime | None) -> Iterator[Event]:
+def _run(lock: Lock, opened: OpenJob, asked: Asked, until: datetime | None) -> Iterator[Event]:
     plan = make_plan(opened, asked)
     yield plan
     report = _report(plan)
@@ -104,14 +104,17 @@ def _run(opened: OpenJob, asked: Asked, until: datetime | None) -> Iterator[Even
     if first is None or (deadline is not None and deadline.has_passed):
         reason = None if first is None or until is None else OutOfTime(until)
         if reason is None:
-            take_away(Path(opened.job.output.path), plan.superseded)
+            take_away(lock, plan.superseded)
         yield _outcome(plan, report, reason)
         return
-    describe(Path(opened.job.output.path), opened.job.as_dict(), opened.settings)
-    take_away(Path(opened.job.output.path), plan.superseded)
+    describe(lock.folder, opened.job.as_dict(), opened.settings)
+    take_away(lock, plan.superseded)
     with stopping(deadline) as stop:
-        yield from _counted(_watched(plan, _events(plan, stop.admit(chain([first], tasks)), stop)), report)
+        admitted = stop.admit(chain([first], tasks))
+        yield from _counted(_watched(plan, _events(plan, lock, admitted, stop)), report)
     report.write()
+    if report.trouble:
+        yield Notice(f"the report of this run is incomplete: {report.trouble}")
     # What came when nothing was left to stop has stopped nothing.
     yield _outcome(plan, report, None if report.num_committed == plan.num_left else stop.reason)
 
@@ -133,10 +136,12 @@ def _report(plan: Plan) -> Report:
     return Report(folder, plan.forecast.contexts, plan.forecast.time)
 
 
-def _events(plan: Plan, tasks: Iterator[Any], stop: Stop) -> Iterator[Part | Replaced | EngineEvent]:
+def _events(
+    plan: Plan, lock: Lock, tasks: Iterator[Any], stop: Stop
+) -> Iterator[Part | Replaced | EngineEvent]:
     settings = preprocess_settings(plan.opened)
     engine = open_engine(plan)
-    records, output = _ends(plan, tasks)
+    records, output = _ends(plan, lock, tasks)
     watch = FailureWatch(plan.opened.job.limits)
     prepare = partial(preprocess, settings=settings, num_workers=num_decoders())
     with closing(work(records, prepare, engine, output)) as events:
@@ -150,13 +155,12 @@ def _events(plan: Plan, tasks: Iterator[Any], stop: Stop) -> Iterator[Part | Rep
                 return
 
 
-def _ends(plan: Plan, tasks: Iterator[Any]) -> tuple[Iterator[Item], Collects]:
+def _ends(plan: Plan, lock: Lock, tasks: Iterator[Any]) -> tuple[Iterator[Item], Collects]:
     """Where the records of a run come from, and where their results go."""
-    folder = Path(plan.opened.job.output.path)
     if plan.retries is not None:
-        replacements = Replacements(folder)
+        replacements = Replacements(lock)
         return retried_records(plan.opened.source, tasks, replacements), replacements
-    output = Output(folder, plan.opened.settings, plan.opened.passed_fields)
+    output = Output(lock, plan.opened.settings, plan.opened.passed_fields)
     return new_records(plan, tasks, output), output
 
 

@@ -19,18 +19,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from glm4v_batch.durable import sync_folder
-from glm4v_batch.errors import OutputError, OutputLockedError
+from glm4v_batch.durable import make_folder, sync_folder, sync_parent, write_synced
+from glm4v_batch.errors import OutputError, OutputLockedError, sanitise
 from glm4v_batch.parts import (
     RESULT_FIELDS,
     STATE_FOLDER,
     Part,
     PartInfo,
+    check_room,
     commit,
     list_parts,
     refusing,
 )
 from glm4v_batch.types import Chunk, Completion, Failure, Record, Result
+
+# What a row takes on the disk until the first part tells: answers are a few hundred bytes.
+_ROW_BYTES = 2048
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -38,65 +42,108 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """This process's hold on *folder*, by the open lock file *descriptor*."""
+
+    folder: Path
+    descriptor: int
+
+    def check(self) -> None:
+        """Raise OutputError where the folder has been removed, moved or taken over since it was locked.
+
+        The kernel locks a file, not its name: once another file stands there, the lock keeps no one out.
+        """
+        with refusing(self.folder):
+            there = _lock_path(self.folder).stat()
+        if not os.path.samestat(there, os.fstat(self.descriptor)):
+            raise OutputLockedError(
+                f"{self.folder} is not this run's any more: its lock file was replaced.",
+                hint="Another run may be at work there. See that only one is, then run this command again.",
+            )
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Lock]:
     """Hold *folder*, made if need be, for this process. Raises OutputLockedError where another has it.
 
-    The lock is the kernel's and goes with the process, so that kill -9 leaves none behind.
+    The lock is the kernel's and goes with the process, so that kill -9 leaves none behind. What is
+    listed in *folder* from here on is durable: a run that died may have left a name in memory only.
     """
-    state = _make_folders(folder)
-    with refusing(folder):
-        descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open_lock(folder)
     try:
-        _lock(descriptor, folder)
-        with refusing(folder):
-            _remove_leftovers(state / "tmp")
-        yield
-        with refusing(folder):
-            _remove_leftovers(state / "tmp")
-        _write_owner(descriptor, "")
+        lock = Lock(folder, descriptor)
+        _take(lock)
+        try:
+            with refusing(folder):
+                _remove_leftovers(folder)
+                sync_parent(folder)
+                sync_folder(folder)
+            yield lock
+        finally:
+            _leave(lock)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock_path(folder: Path) -> Path:
+    return folder / STATE_FOLDER / "lock"
+
+
+def _open_lock(folder: Path) -> int:
+    state = folder / STATE_FOLDER
+    with refusing(folder):
+        try:
+            if not folder.is_dir():
+                make_folder(folder)
+            state.mkdir(exist_ok=True)
+            (state / "tmp").mkdir(exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise OutputError(
+                f"{folder} cannot be used as an output folder: {error.filename} is not a folder.",
+                hint="Choose another output.path.",
+            ) from None
+        return os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _take(lock: Lock) -> None:
+    with refusing(lock.folder):
+        _flock(lock)
+    lock.check()
+    since = datetime.now().astimezone().isoformat(timespec="seconds")
+    _write_owner(lock, f"process {os.getpid()} on {socket.gethostname()} since {since}")
+
+
+def _flock(lock: Lock) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.read(descriptor, 1000).decode(errors="replace") or "owner unknown"
+        owner = os.pread(lock.descriptor, 1000, 0).decode(errors="replace") or "owner unknown"
         raise OutputLockedError(
-            f"{folder} is held by another run: {owner}.",
+            f"{lock.folder} is held by another run: {sanitise(owner)}.",
             hint="Wait for it to end, or stop it; what it has committed stays.",
         ) from None
-    since = datetime.now().astimezone().isoformat(timespec="seconds")
-    _write_owner(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}")
 
 
-def _write_owner(descriptor: int, owner: str) -> None:
+def _write_owner(lock: Lock, owner: str) -> None:
     # For people only: the kernel knows who holds the lock, so a full disk does not matter here.
     with suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, owner.encode(), 0)
+        os.ftruncate(lock.descriptor, 0)
+        os.pwrite(lock.descriptor, owner.encode(), 0)
 
 
-def _make_folders(folder: Path) -> Path:
-    state = folder / STATE_FOLDER
-    try:
-        (state / "tmp").mkdir(parents=True, exist_ok=True)
-        for made in (state, folder, folder.parent):
-            sync_folder(made)
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be used as an output folder: {error.strerror or error}.",
-            hint="Choose another output.path, or mend its permissions.",
-        ) from None
-    return state
+def _leave(lock: Lock) -> None:
+    # What cannot be tidied up now is tidied up by the next run: it is no reason to call this one failed.
+    with suppress(OutputError, OSError):
+        lock.check()
+        _remove_leftovers(lock.folder)
+        _write_owner(lock, "")
 
 
 def _remove_leftovers(folder: Path) -> None:
     # Only ever under the lock: without it they might be another run's.
-    for path in folder.iterdir():
-        if path.is_dir():
+    for path in (folder / STATE_FOLDER / "tmp").iterdir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -113,7 +160,7 @@ def describe(folder: Path, job: Mapping[str, Any], settings: Mapping[str, Any]) 
     state = folder / STATE_FOLDER
     temporary = state / "tmp" / f"job.{os.getpid()}"
     with refusing(folder):
-        temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_synced(temporary, (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode())
         temporary.replace(state / "job.json")
 
 
@@ -155,23 +202,32 @@ class _OpenChunk:
 class Output:
     """Collects results and commits each chunk as one part once its last row is there.
 
-    *settings* make the fingerprint; *passed_fields* are the source's columns to pass through.
+    *lock* is the hold on its folder; *settings* make the fingerprint; *passed_fields* are the
+    source's columns to pass through.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], passed_fields: Sequence[pa.Field]) -> None:
-        self._folder = folder
+    def __init__(self, lock: Lock, settings: Mapping[str, Any], passed_fields: Sequence[pa.Field]) -> None:
+        self._lock = lock
         self._settings = settings
         self._fingerprint = fingerprint(settings)
         self._passed = pa.schema(passed_fields)
         self._open: dict[str, _OpenChunk] = {}
+        self._num_bytes = 0
+        self._num_rows = 0
 
     def __len__(self) -> int:
         """Chunks that are begun and not committed: what a crash would lose."""
         return len(self._open)
 
     def begin(self, chunk: Chunk, source: Mapping[str, str | int]) -> None:
-        """Expect the rows of *chunk*, whose shard has the identity *source*."""
+        """Expect the rows of *chunk*, whose shard has the identity *source*.
+
+        Raises OutputError where the disk has no room for it beside those that are begun already.
+        """
         self._open[chunk.chunk_id] = _OpenChunk(chunk, source)
+        row_bytes = self._num_bytes / self._num_rows if self._num_rows else _ROW_BYTES
+        num_rows = sum(begun.chunk.num_rows for begun in self._open.values())
+        check_room(self._lock.folder, round(num_rows * row_bytes))
 
     def expect(self, chunk: Chunk, record: Record) -> None:
         """Keep what passes through of *record* until its chunk is whole."""
@@ -201,7 +257,12 @@ class Output:
             num_ok=num_ok,
             num_failed=len(rows) - num_ok,
         )
-        return commit(self._folder, self._table(whole, rows), info)
+        self._lock.check()
+        part = commit(self._lock.folder, self._table(whole, rows), info)
+        with refusing(self._lock.folder):
+            self._num_bytes += part.path.stat().st_size
+        self._num_rows += info.num_rows
+        return part
 
     def _table(self, whole: _OpenChunk, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         table = pa.Table.from_pylist(rows, schema=pa.schema(RESULT_FIELDS))

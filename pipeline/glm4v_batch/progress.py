@@ -9,14 +9,21 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from glm4v_batch.devices import DeviceUse
+from glm4v_batch.durable import Way
 from glm4v_batch.executor import DevicesSeen, Event, Outcome
 from glm4v_batch.forecast import Forecast
+from glm4v_batch.parts import Part
 from glm4v_batch.plan import Plan
 from glm4v_batch.render import changed_lines, time_as_text
-from glm4v_batch.types import BatchRun, Completion, Failure, ReplicaLost, ReplicaReady
+from glm4v_batch.types import BatchRun, Completion, Failure, Notice, ReplicaLost, ReplicaReady
 from glm4v_batch.units import GIB, format_bytes, format_count, format_seconds
 
 _LOG_SECONDS = 30.0
+_WAYS: dict[Way, str] = {
+    "renameat2": "no hard links on this file system; parts get their names by a rename that replaces nothing",
+    "rename": "neither hard links nor exclusive renames on this file system; parts get their names by a "
+    "plain rename, which only the lock keeps exclusive",
+}
 
 
 class Progress:
@@ -31,6 +38,7 @@ class Progress:
         self._num_left: int | None = None
         self._forecast: Forecast | None = None
         self._devices = ""
+        self._ways_said: set[Way] = {"link"}
 
     def __enter__(self) -> "Progress":
         return self
@@ -56,6 +64,10 @@ class Progress:
                     self._note(f"{self._name(event.replica)} {_what_became(event)}")
                 case DevicesSeen():
                     self._show_devices(event.uses)
+                case Part():
+                    self._say_way(event)
+                case Notice():
+                    self._note(event.message)
                 case Outcome():
                     return event
         raise AssertionError("a run ends with its outcome")
@@ -67,6 +79,11 @@ class Progress:
         self._forecast = plan.forecast
         if self._stream.isatty() and plan.num_left != 0:
             self._bar = tqdm(total=plan.num_left, unit=" rows", file=self._stream, smoothing=0.1)
+
+    def _say_way(self, part: Part) -> None:
+        if part.way not in self._ways_said:
+            self._ways_said.add(part.way)
+            self._note(f"{part.path.parent}: {_WAYS[part.way]}")
 
     def _count(self, result: Completion | Failure) -> None:
         self._num_done += 1

@@ -9,12 +9,13 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from glm4v_batch.devices import DeviceUse
-from glm4v_batch.parts import STATE_FOLDER, Part, refusing
+from glm4v_batch.parts import STATE_FOLDER, Part
 from glm4v_batch.retry import Replaced
 from glm4v_batch.speed import TimeEstimate
 from glm4v_batch.types import (
@@ -34,7 +35,7 @@ class Report:
     """What this run has done so far.
 
     *contexts* name, per replica, model and devices: samples of another context do not apply.
-    *expected* is what the plan said of the time.
+    *expected* is what the plan said of the time. Where it cannot be kept on disk, `trouble` says why.
     """
 
     def __init__(self, folder: Path, contexts: Sequence[str], expected: TimeEstimate | None = None) -> None:
@@ -53,6 +54,7 @@ class Report:
         self._num_ok = 0
         self.num_committed = 0
         self.num_failed_committed = 0
+        self.trouble = ""
 
     def add_result(self, result: Result) -> None:
         """Count *result*."""
@@ -79,7 +81,7 @@ class Report:
         self._runs.append(run)
         self._num_batches.update(num=1, out_of_memory=run.out_of_memory)
         line = json.dumps({"context": self._contexts[run.replica], **asdict(run)})
-        with refusing(self._folder), (self._folder / "batches.jsonl").open("a", encoding="utf-8") as file:
+        with self._tolerating(), (self._folder / "batches.jsonl").open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
 
     def add_replica(self, event: ReplicaReady | ReplicaLost) -> None:
@@ -131,9 +133,17 @@ class Report:
     def write(self) -> None:
         """Replace `report.json`, never leaving half of one."""
         temporary = self._folder / "tmp" / f"report.{os.getpid()}"
-        with refusing(self._folder):
+        with self._tolerating():
             temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
             temporary.replace(self._folder / "report.json")
+
+    @contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        # Parts say what is done: without its figures a run is no less complete.
+        try:
+            yield
+        except OSError as error:
+            self.trouble = self.trouble or f"{error.filename or self._folder}: {error.strerror or error}"
 
 
 class _Use:

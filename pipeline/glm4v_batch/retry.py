@@ -6,7 +6,6 @@ All else in such a part is carried over as it is, column by column, without beco
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from glm4v_batch import parts
 from glm4v_batch.changes import source_path
 from glm4v_batch.errors import OutputError
-from glm4v_batch.output import result_row
+from glm4v_batch.output import Lock, result_row
 from glm4v_batch.parts import RESULT_FIELDS, Part
 from glm4v_batch.sources import Source
 from glm4v_batch.types import Chunk, Record, Result
@@ -111,10 +110,13 @@ def _failed_rows(part: Part) -> list[tuple[int, str]]:
 
 
 class Replacements:
-    """Collects the new results, and replaces each part once the last of its rows is there."""
+    """Collects the new results, and replaces each part once the last of its rows is there.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    *lock* is the hold on their folder.
+    """
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock = lock
         self._open: dict[str, _OpenRetry] = {}
 
     def begin(self, retry: Retry) -> None:
@@ -136,7 +138,8 @@ class Replacements:
         table = _renewed(parts.read_rows(old), whole.results)
         num_ok = pc.sum(pc.equal(table.column("status"), "ok")).as_py()
         info = replace(old.info, num_ok=num_ok, num_failed=old.info.num_rows - num_ok)
-        return Replaced(parts.replace(self._folder, table, info, old), old, len(whole.results))
+        self._lock.check()
+        return Replaced(parts.replace(self._lock.folder, table, info, old), old, len(whole.results))
 
 
 @dataclass(slots=True)

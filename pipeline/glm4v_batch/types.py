@@ -200,6 +200,13 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """What people should know of a run, and what changes nothing about its outcome."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class RequestSize:
     """How large a request is, before it exists: what plans are made of."""
 

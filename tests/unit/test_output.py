@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glm4v_batch.errors import OutputError, OutputLockedError
-from glm4v_batch.output import Output, committed_parts, describe, fingerprint, locked, readable
+from glm4v_batch.output import Lock, Output, committed_parts, describe, fingerprint, locked, readable
 from glm4v_batch.parts import STATE_FOLDER
 from glm4v_batch.types import Chunk
 from tests.builders import completion, failure, record
@@ -22,12 +22,12 @@ CHUNK = Chunk("a.parquet", first_row=10, num_rows=3)
 IDENTITY: dict[str, str | int] = {"path": "a.parquet", "size": 99}
 
 
-def output(folder: Path) -> Output:
-    return Output(folder, SETTINGS, [pa.field("title", pa.string())])
+def output(lock: Lock) -> Output:
+    return Output(lock, SETTINGS, [pa.field("title", pa.string())])
 
 
-def begun(folder: Path) -> Output:
-    made = output(folder)
+def begun(lock: Lock) -> Output:
+    made = output(lock)
     made.begin(CHUNK, IDENTITY)
     for row in CHUNK.rows:
         made.expect(CHUNK, record(row, CHUNK, title=f"title {row}"))
@@ -35,8 +35,8 @@ def begun(folder: Path) -> Output:
 
 
 def test_a_chunk_is_committed_when_its_last_row_comes_and_not_before(tmp_path: Path) -> None:
-    with locked(tmp_path):
-        out = begun(tmp_path)
+    with locked(tmp_path) as lock:
+        out = begun(lock)
 
         assert out.add(completion(12, CHUNK)) is None
         assert out.add(completion(10, CHUNK)) is None
@@ -49,8 +49,8 @@ def test_a_chunk_is_committed_when_its_last_row_comes_and_not_before(tmp_path: P
 
 
 def test_answers_and_failures_stand_in_row_order_with_their_passed_columns(tmp_path: Path) -> None:
-    with locked(tmp_path):
-        out = begun(tmp_path)
+    with locked(tmp_path) as lock:
+        out = begun(lock)
         parts = [
             out.add(r) for r in (completion(12, CHUNK, "c"), failure(11, CHUNK), completion(10, CHUNK, "a"))
         ]
@@ -130,13 +130,13 @@ def test_leftovers_are_removed_under_the_lock(tmp_path: Path) -> None:
 def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
-    with pytest.raises(OutputError, match="Not a directory"), locked(tmp_path / "file" / "out"):
+    with pytest.raises(OutputError, match="file is not a folder"), locked(tmp_path / "file" / "out"):
         pass
 
 
 def test_parts_of_another_job_are_refused_with_the_settings_that_differ(tmp_path: Path) -> None:
-    with locked(tmp_path):
-        out = begun(tmp_path)
+    with locked(tmp_path) as lock:
+        out = begun(lock)
         for row in CHUNK.rows:
             out.add(completion(row, CHUNK))
 
