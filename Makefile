@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format clean
+.PHONY: help install run test faults check format clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ run: $(INSTALLED) ## run jobs/caption.yaml on the bundled model and data
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/e2e/test_scale.py
 	$(BIN)/python -m pytest tests/e2e/test_scale.py -s  # alone, because it measures speed
+
+faults: $(INSTALLED) ## try every fault, where `make test` takes a sample; says how many
+	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults
 
 check: $(INSTALLED) ## ruff, mypy and the import layers
 	$(BIN)/ruff check .

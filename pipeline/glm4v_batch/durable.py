@@ -66,7 +66,7 @@ def make_folder(folder: Path) -> None:
 
 def sync_parent(folder: Path) -> None:
     """Make the name of *folder* durable, unless the folder above may not be read. Raises OSError."""
-    # We cannot have made a name in a folder that we may not even open.
+    # Above a user's own folders stand some that may be passed through and not read: not of our making.
     with suppress(PermissionError):
         sync_folder(folder.resolve().parent)
 

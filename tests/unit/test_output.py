@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -125,6 +126,66 @@ def test_leftovers_are_removed_under_the_lock(tmp_path: Path) -> None:
 
     with locked(tmp_path):
         assert not stale.exists()
+
+
+def test_a_link_among_the_leftovers_goes_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").touch()
+    with locked(tmp_path / "out"):
+        (tmp_path / "out" / STATE_FOLDER / "tmp" / "link").symlink_to(kept)
+
+    assert list((tmp_path / "out" / STATE_FOLDER / "tmp").iterdir()) == []
+    assert (kept / "file").exists()
+
+
+def test_the_folder_is_left_tidy_however_a_run_ends(tmp_path: Path) -> None:
+    def fail() -> None:
+        with locked(tmp_path):
+            (tmp_path / STATE_FOLDER / "tmp" / "offload-0").mkdir()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+
+    assert list((tmp_path / STATE_FOLDER / "tmp").iterdir()) == []
+    assert (tmp_path / STATE_FOLDER / "lock").read_text() == ""
+
+
+def test_a_folder_that_was_removed_takes_no_more_parts(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with locked(folder) as lock:
+        out = begun(lock)
+        shutil.rmtree(folder)
+
+        with pytest.raises(OutputError, match="No such file or directory") as caught:
+            [out.add(completion(row, CHUNK)) for row in CHUNK.rows]
+
+    assert "moved or removed" in caught.value.hint
+    assert not folder.exists()
+
+
+def test_a_folder_that_another_run_took_over_takes_no_more_parts(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with locked(folder) as lock:
+        out = begun(lock)
+        folder.rename(tmp_path / "away")
+        with locked(folder):
+            theirs = folder / STATE_FOLDER / "tmp" / "part-theirs"
+            theirs.touch()
+            with pytest.raises(OutputLockedError, match="its lock file was replaced"):
+                [out.add(completion(row, CHUNK)) for row in CHUNK.rows]
+
+            assert theirs.exists()
+    assert list(folder.glob("*.parquet")) == []
+
+
+def test_a_chunk_that_the_disk_has_no_room_for_is_not_begun(tmp_path: Path) -> None:
+    with locked(tmp_path) as lock:
+        out = output(lock)
+
+        with pytest.raises(OutputError, match="needs about"):
+            out.begin(Chunk("a.parquet", 0, 2**50), IDENTITY)
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

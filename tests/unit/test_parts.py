@@ -1,6 +1,7 @@
 """Parts: complete or not there, and the only record of what is done."""
 
 import os
+import resource
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from glm4v_batch.errors import OutputError
 from glm4v_batch.parts import (
     STATE_FOLDER,
     PartInfo,
+    check_room,
     commit,
     gaps,
     list_parts,
     part_name,
+    read_part,
     read_rows,
     replace,
 )
@@ -107,6 +110,44 @@ def test_all_unusable_parts_are_named_at_once(folder: Path) -> None:
 
     assert "part-broken.parquet is damaged" in str(caught.value)
     assert "part-foreign.parquet was not written by glm4v-batch" in str(caught.value)
+
+
+def test_whatever_is_no_file_under_a_parts_name_is_refused_without_opening_it(folder: Path) -> None:
+    part = commit(folder, table(), info())
+    os.mkfifo(folder / "part-pipe.parquet")
+    (folder / "part-folder.parquet").mkdir()
+    (folder / "part-link.parquet").symlink_to(part.path)
+    (folder / "part-empty.parquet").touch()
+
+    with pytest.raises(OutputError, match="4 of the parts") as caught:
+        list_parts(folder)
+
+    for name in ("pipe", "folder", "link", "empty"):
+        assert f"part-{name}.parquet is damaged" in str(caught.value)
+    assert "Move them away" in caught.value.hint
+
+
+def test_a_part_that_cannot_be_read_just_now_is_not_called_damaged(folder: Path) -> None:
+    commit(folder, table(), info())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        with pytest.raises(OutputError) as caught:
+            read_part(folder / part_name("a.parquet", 0, 3, "f" * 64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    assert "Too many open files" in str(caught.value)
+    assert "ulimit" in caught.value.hint
+
+
+def test_a_part_that_the_disk_has_no_room_for_is_refused_with_the_numbers(folder: Path) -> None:
+    with pytest.raises(OutputError, match=r"has .* free, and what is to be written next needs about 1024"):
+        check_room(folder, 2**50)
+
+    check_room(folder, 1)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_its_reason(folder: Path) -> None:

@@ -45,6 +45,18 @@ def test_a_report_counts_answers_and_failures_by_code(folder: Path) -> None:
     assert read["tokens"] == {"prompt": 12, "completion": 3}
 
 
+def test_a_report_that_cannot_be_written_says_so_and_raises_nothing(folder: Path) -> None:
+    report = Report(folder, ["model on cpu"])
+    (folder / STATE_FOLDER / "tmp").rmdir()
+    (folder / STATE_FOLDER / "batches.jsonl").mkdir()
+
+    report.add_batch(batch())
+    report.write()
+
+    assert "batches.jsonl: Is a directory" in report.trouble
+    assert read_report(folder) is None
+
+
 def test_batches_are_read_back_as_they_were(folder: Path) -> None:
     report = Report(folder, ["model on cpu"])
     report.add_batch(batch())
