@@ -99,7 +99,7 @@ def _run(lock: Lock, opened: OpenJob, asked: Asked, until: datetime | None) -> I
     yield plan
     report = _report(plan)
     deadline = None if until is None else Deadline(until)
-    tasks = _tasks(plan)
+    tasks: Iterator[Any] = _tasks(plan)
     first = next(tasks, None)
     if first is None or (deadline is not None and deadline.has_passed):
         reason = None if first is None or until is None else OutOfTime(until)

@@ -165,6 +165,8 @@ def _check_whole(path: Path, info: PartInfo) -> None:
     try:
         num_rows = read_part(path).info.num_rows
     except OutputError as error:
+        if error.hint:  # an obstacle, not damage
+            raise
         raise OutputError(
             f"What was written to {path.parent} reads back damaged: {error}.",
             hint="Check the disk. What is committed is safe; then run the same command again.",
@@ -327,7 +329,7 @@ def _damage_of(path: Path) -> Iterator[None]:
             raise OutputError(f"{path.name} is damaged: {str(error).strip()}") from None
         raise OutputError(
             f"{path} cannot be read: {os.strerror(number)}.",
-            hint=f"The part itself may be whole. {_what_to_do(number)}",
+            hint=f"The part itself may be whole. {_what_to_do(number)} {_GO_ON}",
         ) from None
 
 

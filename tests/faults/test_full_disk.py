@@ -1,4 +1,4 @@
-"""F5: a disk that is really full and then is not, and a folder that goes away under a run."""
+"""F5: a disk that is really full or read-only and then is not, and a folder that goes away under a run."""
 
 import os
 import resource
@@ -58,8 +58,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
+
+
 def give_room(disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+    remount(disk, "size=64m")
 
 
 def assert_refused(scene: Scene, disk: Path, finished: Finished, reason: str) -> None:
@@ -91,6 +95,19 @@ def test_a_disk_that_fills_up_all_the_same_costs_no_record(large: Scene, small_d
 
     assert_refused(large, small_disk, refused, "No space left on device")
     assert not list(harm_after_finish(large, small_disk, finished))
+
+
+def test_a_disk_that_became_read_only_costs_no_record(scene: Scene, small_disk: Path) -> None:
+    give_room(small_disk)
+    run(scene, small_disk)
+    parts(small_disk)[0].unlink()
+    remount(small_disk, "ro")
+    refused = run(scene, small_disk)
+    remount(small_disk, "rw")
+    finished = run(scene, small_disk)
+
+    assert_refused(scene, small_disk, refused, "Read-only file system")
+    assert not list(harm_after_finish(scene, small_disk, finished))
 
 
 def test_a_file_that_may_not_grow_costs_no_record(large: Scene, tmp_path: Path) -> None:
