@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeSource
+from tests.faults.conftest import Judge
+from tests.faults.harness import WANTS_ALL
 from tests.faults.runs import (
-    WANTS_ALL,
     Case,
-    Record,
-    conclude,
     harm,
     harm_after_finish,
     make_case,
@@ -83,7 +82,7 @@ def _wrong_claims(case: Case, said: str) -> Iterator[str]:
 
 
 def test_signals_at_random_times_end_in_a_resumable_folder(
-    tmp_path: Path, make_source: MakeSource, record_property: Record
+    tmp_path: Path, make_source: MakeSource, judge: Judge
 ) -> None:
     case = make_case(tmp_path, make_source, "max_batch_size: 4, echo_seconds: 0.1")
     rng = random.Random(10)
@@ -96,12 +95,12 @@ def test_signals_at_random_times_end_in_a_resumable_folder(
             found += [f"after {number}: {each}" for each in harm_after_finish(case, *case.run())]
             shutil.rmtree(case.out)
 
-    conclude(record_property, "F10 signals", NUM_SIGNALS, found)
+    judge("F10 signals", NUM_SIGNALS, found)
 
 
 @pytest.mark.skipif(not WANTS_ALL, reason="takes a minute of waiting; a unit test has a shorter grace")
 def test_a_batch_that_outlasts_the_grace_is_given_up(
-    tmp_path: Path, make_source: MakeSource, record_property: Record
+    tmp_path: Path, make_source: MakeSource, judge: Judge
 ) -> None:
     case = make_case(tmp_path, make_source, "max_batch_size: 4, echo_seconds: 40, echo_replicas: 1")
     process = case.start()
@@ -114,6 +113,6 @@ def test_a_batch_that_outlasts_the_grace_is_given_up(
 
     assert process.returncode == 143
     assert "4 of 60 rows are committed" in said
-    record_property("fault", f"F10 a batch of 40 s was given up {seconds:.1f} s after the signal")
+    judge(f"F10 a batch of 40 s was given up {seconds:.1f} s after the signal", 1, [])
     # The promise is 25 s; machines that test are busy.
     assert GRACE_SECONDS - 1 < seconds < GRACE_SECONDS + 10

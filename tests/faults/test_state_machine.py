@@ -34,7 +34,9 @@ from glm4v_batch.job import read_job
 from glm4v_batch.plan import EVERYTHING, Asked, Plan
 from tests.conftest import image_bytes
 from tests.e2e.command import MODEL
-from tests.faults.runs import WANTS_ALL, Record, conclude, rows_of, stamps
+from tests.faults.conftest import Judge
+from tests.faults.harness import WANTS_ALL
+from tests.faults.runs import rows_of, stamps
 
 NUM_EXAMPLES = 150 if WANTS_ALL else 8
 NUM_STEPS = 25 if WANTS_ALL else 15
@@ -288,9 +290,7 @@ class Folder(RuleBasedStateMachine):
         assert len(versions) == len({source for source, _ in versions})
 
 
-def test_any_order_of_events_keeps_every_row_once(
-    monkeypatch: pytest.MonkeyPatch, record_property: Record
-) -> None:
+def test_any_order_of_events_keeps_every_row_once(monkeypatch: pytest.MonkeyPatch, judge: Judge) -> None:
     # Decoders in this process: thousands of runs are made here, and their processes are for F3.
     monkeypatch.setattr(executor, "num_decoders", lambda: 0)
     monkeypatch.setattr(Folder, "happened", Counter())
@@ -310,4 +310,4 @@ def test_any_order_of_events_keeps_every_row_once(
     )
 
     what = ", ".join(f"{count} {kind}" for kind, count in sorted(Folder.happened.items()))
-    conclude(record_property, f"F7 state machine ({what})", Folder.happened.total(), [])
+    judge(f"F7 state machine ({what})", Folder.happened.total(), [])
