@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from glm4v_batch.activations import can_predict
+from glm4v_batch.asked import EVERYTHING, Asked
 from glm4v_batch.changes import take_away
 from glm4v_batch.deadline import Deadline
 from glm4v_batch.devices import DeviceMonitor, DeviceUse
@@ -21,11 +22,10 @@ from glm4v_batch.engines.echo import EchoSettings, load_echo
 from glm4v_batch.engines.loading import ReplicaSettings, load_engine
 from glm4v_batch.errors import SourceError
 from glm4v_batch.failure_watch import FailureWatch, TooManyFailed
-from glm4v_batch.job import Job
 from glm4v_batch.output import Lock, Output, describe, locked, offload_folder
 from glm4v_batch.parts import Part
 from glm4v_batch.placement import priors
-from glm4v_batch.plan import EVERYTHING, Asked, OpenJob, Plan, make_plan, open_job, preprocess_settings
+from glm4v_batch.plan import OpenJob, Plan, make_plan, preprocess_settings
 from glm4v_batch.preprocess import preprocess
 from glm4v_batch.replicas import Replicas
 from glm4v_batch.report import Report
@@ -71,17 +71,6 @@ class DevicesSeen:
 Event = Plan | Part | Replaced | DevicesSeen | EngineEvent | Notice | Outcome
 
 
-def run_job(
-    job: Job, asked: Asked = EVERYTHING, until: datetime | None = None
-) -> Generator[Event, None, None]:
-    """Do what is left of *job*, as `run` does; the folder is locked before the job is opened.
-
-    Opening a large source takes a while, and a second run is to be refused at once.
-    """
-    with locked(Path(job.output.path)) as lock:
-        yield from _run(lock, open_job(job), asked, until)
-
-
 def run(
     opened: OpenJob, asked: Asked = EVERYTHING, until: datetime | None = None
 ) -> Generator[Event, None, None]:
@@ -91,10 +80,13 @@ def run(
     what is committed by then stays.
     """
     with locked(Path(opened.job.output.path)) as lock:
-        yield from _run(lock, opened, asked, until)
+        yield from run_locked(lock, opened, asked, until)
 
 
-def _run(lock: Lock, opened: OpenJob, asked: Asked, until: datetime | None) -> Iterator[Event]:
+def run_locked(
+    lock: Lock, opened: OpenJob, asked: Asked = EVERYTHING, until: datetime | None = None
+) -> Generator[Event, None, None]:
+    """As `run`, for who holds the output folder already by *lock*."""
     plan = make_plan(opened, asked)
     yield plan
     report = _report(plan)

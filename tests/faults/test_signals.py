@@ -50,8 +50,8 @@ def violations(case: Case, kind: str, mark: str, rng: random.Random) -> Iterator
     """Start the job, signal it at a random moment, and look at how it ends."""
     closed = {"stdout": subprocess.DEVNULL} if kind.endswith("closed") else {}
     process = case.start(mark=mark, stderr=subprocess.PIPE, **closed)
-    # Before this the interpreter has not even read our code.
-    wait_for(process, (case.out / ".glm4v-batch" / "lock").exists)
+    # Before this the interpreter is still reading our code.
+    wait_for(process, lambda: is_holding(case, process.pid))
     time.sleep(rng.random() * 1.5)
     began = time.monotonic()
     number = send(process, kind, rng)
@@ -69,6 +69,13 @@ def violations(case: Case, kind: str, mark: str, rng: random.Random) -> Iterator
     yield from harm(case)
     if left := orphans(mark):
         yield f"processes outlive the run: {left}"
+
+
+def is_holding(case: Case, pid: int) -> bool:
+    """Whether the process *pid* has written its name into the lock file."""
+    with suppress(FileNotFoundError):
+        return f"process {pid} " in (case.out / ".glm4v-batch" / "lock").read_text()
+    return False
 
 
 def _wrong_claims(case: Case, said: str) -> Iterator[str]:

@@ -28,10 +28,11 @@ from hypothesis.stateful import (
 )
 
 from glm4v_batch import executor
+from glm4v_batch.asked import EVERYTHING, Asked
 from glm4v_batch.errors import OutputError, OutputLockedError, SourceError
 from glm4v_batch.executor import Event, Outcome
 from glm4v_batch.job import read_job
-from glm4v_batch.plan import EVERYTHING, Asked, Plan
+from glm4v_batch.plan import Plan, open_job
 from tests.conftest import image_bytes
 from tests.e2e.command import MODEL
 from tests.faults.conftest import Judge
@@ -120,7 +121,7 @@ class Folder(RuleBasedStateMachine):
             "batching: {engine: echo, max_batch_size: 4}\n"
             f"output: {{path: {self.out}, rows_per_part: {grid}, columns: [title]}}\n"
         )
-        return executor.run_job(read_job(job), asked)
+        return executor.run(open_job(read_job(job)), asked)
 
     def finish(self, events: Iterator[Event]) -> Outcome:
         *_, outcome = self.counted(events, "runs")
