@@ -2,10 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from glm4v_batch.durable import sync_folder
 from glm4v_batch.errors import SourceError
+from glm4v_batch.output import Lock
 from glm4v_batch.parts import Part, refusing
 from glm4v_batch.sources import Shard
 
@@ -62,18 +62,19 @@ def moved_sources(shards: Sequence[Shard], parts: Sequence[Part]) -> dict[str, s
     return moved
 
 
-def take_away(folder: Path, parts: Sequence[Part]) -> None:
-    """Remove *parts* from *folder*, durably, or raise OutputError. Only ever under the lock.
+def take_away(lock: Lock, parts: Sequence[Part]) -> None:
+    """Remove *parts* from the folder that *lock* holds, durably, or raise OutputError.
 
     A crash on the way leaves some of them: their source still counts as changed then.
     """
     if not parts:
         return
-    with refusing(folder):
+    lock.check()
+    with refusing(lock.folder):
         for part in parts:
             part.path.unlink(missing_ok=True)
         # Before the first new part: after a loss of power an old one must not stand beside it.
-        sync_folder(folder)
+        sync_folder(lock.folder)
 
 
 def _content(identity: Mapping[str, str | int]) -> frozenset[tuple[str, str | int]] | None:

@@ -16,7 +16,7 @@ from glm4v_batch import __version__
 from glm4v_batch.errors import Glm4vBatchError
 
 if TYPE_CHECKING:
-    from glm4v_batch.plan import Asked
+    from glm4v_batch.asked import Asked
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -115,7 +115,7 @@ def _asked(command: _Command) -> _Command:
         on_changed: str,
         **others: Any,
     ) -> Any:
-        from glm4v_batch.plan import Asked
+        from glm4v_batch.asked import Asked
 
         if retry_failed is not None and on_changed == "redo":
             raise click.UsageError(
@@ -174,17 +174,23 @@ def run(
         glm4v-batch run jobs/caption.yaml --retry-failed
     """
     from glm4v_batch.deadline import read_deadline
-    from glm4v_batch.executor import run_job
     from glm4v_batch.job import read_job
-    from glm4v_batch.progress import Progress
+    from glm4v_batch.output import locked
     from glm4v_batch.render import outcome_as_json, outcome_as_text
 
     deadline = None if until is None else read_deadline(until)
-    with (
-        closing(run_job(read_job(job_file, overrides), asked, deadline)) as events,
-        Progress(sys.stderr) as progress,
-    ):
-        outcome = progress.follow(events)
+    job = read_job(job_file, overrides)
+    # First of all that takes time, the other imports too: a second run is to be refused at once.
+    with locked(Path(job.output.path)) as lock:
+        from glm4v_batch.executor import run_locked
+        from glm4v_batch.plan import open_job
+        from glm4v_batch.progress import Progress
+
+        with (
+            closing(run_locked(lock, open_job(job), asked, deadline)) as events,
+            Progress(sys.stderr) as progress,
+        ):
+            outcome = progress.follow(events)
     command_line = shlex.join(["glm4v-batch", *sys.argv[1:]])
     _say(outcome_as_json(outcome) if as_json else outcome_as_text(outcome, command_line))
     ctx.exit(outcome.exit_code)

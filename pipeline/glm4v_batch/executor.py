@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from glm4v_batch.activations import can_predict
+from glm4v_batch.asked import EVERYTHING, Asked
 from glm4v_batch.changes import take_away
 from glm4v_batch.deadline import Deadline
 from glm4v_batch.devices import DeviceMonitor, DeviceUse
@@ -21,11 +22,10 @@ from glm4v_batch.engines.echo import EchoSettings, load_echo
 from glm4v_batch.engines.loading import ReplicaSettings, load_engine
 from glm4v_batch.errors import SourceError
 from glm4v_batch.failure_watch import FailureWatch, TooManyFailed
-from glm4v_batch.job import Job
 from glm4v_batch.output import Lock, Output, describe, locked, offload_folder
 from glm4v_batch.parts import Part
 from glm4v_batch.placement import priors
-from glm4v_batch.plan import EVERYTHING, Asked, OpenJob, Plan, make_plan, open_job, preprocess_settings
+from glm4v_batch.plan import OpenJob, Plan, make_plan, preprocess_settings
 from glm4v_batch.preprocess import preprocess
 from glm4v_batch.replicas import Replicas
 from glm4v_batch.report import Report, trim_runs
@@ -71,17 +71,6 @@ class DevicesSeen:
 Event = Plan | Part | Replaced | DevicesSeen | EngineEvent | Notice | Outcome
 
 
-def run_job(
-    job: Job, asked: Asked = EVERYTHING, until: datetime | None = None
-) -> Generator[Event, None, None]:
-    """Do what is left of *job*, as `run` does; the folder is locked before the job is opened.
-
-    Opening a large source takes a while, and a second run is to be refused at once.
-    """
-    with locked(Path(job.output.path)) as lock:
-        yield from _run(open_job(job), lock, asked, until)
-
-
 def run(
     opened: OpenJob, asked: Asked = EVERYTHING, until: datetime | None = None
 ) -> Generator[Event, None, None]:
@@ -91,28 +80,31 @@ def run(
     what is committed by then stays.
     """
     with locked(Path(opened.job.output.path)) as lock:
-        yield from _run(opened, lock, asked, until)
+        yield from run_locked(lock, opened, asked, until)
 
 
-def _run(opened: OpenJob, lock: Lock, asked: Asked, until: datetime | None) -> Iterator[Event]:
+def run_locked(
+    lock: Lock, opened: OpenJob, asked: Asked = EVERYTHING, until: datetime | None = None
+) -> Generator[Event, None, None]:
+    """As `run`, for who holds the output folder already by *lock*."""
     trim_runs(lock.folder)
     plan = make_plan(opened, asked)
     yield plan
     report = _report(plan)
     deadline = None if until is None else Deadline(until)
-    tasks = _tasks(plan)
+    tasks: Iterator[Any] = _tasks(plan)
     first = next(tasks, None)
     if first is None or (deadline is not None and deadline.has_passed):
         reason = None if first is None or until is None else OutOfTime(until)
         if reason is None:
-            _take_away(plan, lock)
+            take_away(lock, plan.superseded)
         yield _outcome(plan, report, reason)
         return
     describe(lock.folder, opened.job.as_dict(), opened.settings)
-    _take_away(plan, lock)
+    take_away(lock, plan.superseded)
     with stopping(deadline) as stop:
-        events = _events(plan, lock, stop.admit(chain([first], tasks)), stop)
-        yield from _counted(_watched(plan, events), report)
+        admitted = stop.admit(chain([first], tasks))
+        yield from _counted(_watched(plan, _events(plan, lock, admitted, stop)), report)
     report.write()
     if report.trouble:
         yield Notice(f"the report of this run is incomplete: {report.trouble}")
@@ -122,11 +114,6 @@ def _run(opened: OpenJob, lock: Lock, asked: Asked, until: datetime | None) -> I
 
 def _tasks(plan: Plan) -> Iterator[Chunk] | Iterator[Retry]:
     return plan.chunks() if plan.retries is None else iter(plan.retries.of)
-
-
-def _take_away(plan: Plan, lock: Lock) -> None:
-    lock.check()
-    take_away(lock.folder, plan.superseded)
 
 
 def _outcome(plan: Plan, report: Report, reason: Reason | None) -> Outcome:

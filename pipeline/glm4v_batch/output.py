@@ -69,7 +69,9 @@ def locked(folder: Path) -> Iterator[Lock]:
 
     The lock is the kernel's and goes with the process, so that kill -9 leaves none behind. What is
     listed in *folder* from here on is durable: a run that died may have left a name in memory only.
+    A folder that was made for it goes again where no work was begun: the job may turn out to be wrong.
     """
+    is_new = not folder.exists()
     descriptor = _open_lock(folder)
     try:
         lock = Lock(folder, descriptor)
@@ -81,7 +83,7 @@ def locked(folder: Path) -> Iterator[Lock]:
                 sync_folder(folder)
             yield lock
         finally:
-            _leave(lock)
+            _leave(lock, is_new=is_new)
     finally:
         os.close(descriptor)
 
@@ -118,11 +120,30 @@ def _flock(lock: Lock) -> None:
     try:
         fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(lock.descriptor, 1000, 0).decode(errors="replace") or "owner unknown"
         raise OutputLockedError(
-            f"{lock.folder} is held by another run: {sanitise(owner)}.",
+            f"{lock.folder} is held by another run: {sanitise(_owner(lock))}.",
             hint="Wait for it to end, or stop it; what it has committed stays.",
         ) from None
+
+
+def _owner(lock: Lock) -> str:
+    written = os.pread(lock.descriptor, 1000, 0).decode(errors="replace")
+    holder = _holder(lock)
+    # What is written may be of one that was killed, and nothing yet by one that has just come.
+    if holder is None or written.startswith(f"{holder} "):
+        return written or "owner unknown"
+    return holder
+
+
+def _holder(lock: Lock) -> str | None:
+    """The process that the kernel says holds the lock file, where it says so."""
+    inode = os.fstat(lock.descriptor).st_ino
+    with suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, kind, _, _, pid, place, *_ = line.split()
+            if kind == "FLOCK" and place.endswith(f":{inode}") and int(pid) > 0:
+                return f"process {pid}"
+    return None
 
 
 def _write_owner(lock: Lock, owner: str) -> None:
@@ -132,12 +153,18 @@ def _write_owner(lock: Lock, owner: str) -> None:
         os.pwrite(lock.descriptor, owner.encode(), 0)
 
 
-def _leave(lock: Lock) -> None:
+def _leave(lock: Lock, *, is_new: bool) -> None:
     # What cannot be tidied up now is tidied up by the next run: it is no reason to call this one failed.
     with suppress(OutputError, OSError):
         lock.check()
         _remove_leftovers(lock.folder)
         _write_owner(lock, "")
+        state = lock.folder / STATE_FOLDER
+        if is_new and {path.name for path in state.iterdir()} == {"lock", "tmp"}:
+            (state / "tmp").rmdir()
+            _lock_path(lock.folder).unlink()
+            state.rmdir()
+            lock.folder.rmdir()
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from glm4v_batch.asked import EVERYTHING, Asked
 from glm4v_batch.changes import changed_parts, moved_sources, refuse_changed, source_path
 from glm4v_batch.checkpoint import Checkpoint, identity, locate, read_checkpoint
 from glm4v_batch.errors import JobError
@@ -45,24 +46,6 @@ class OpenJob:
     def passed_fields(self) -> list[pa.Field]:
         """The source's columns that the parts repeat."""
         return [self.source.schema.field(name) for name in self.job.output.columns]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What is asked of a run, beside what the job file says: nothing means all rows that no part holds.
-
-    *limit* counts rows of the source from its beginning. With *redo_changed* the parts of a source
-    that has changed give way to its new rows; without, it is refused. *retry* names the codes of the
-    failed rows to do again, none of them meaning all codes; new rows are then not done. None: no retry.
-    """
-
-    limit: int | None = None
-    redo_changed: bool = False
-    retry: frozenset[str] | None = None
-
-
-EVERYTHING = Asked()
-"""All rows that no part holds."""
 
 
 @dataclass(frozen=True, slots=True)

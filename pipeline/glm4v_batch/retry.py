@@ -110,7 +110,10 @@ def _failed_rows(part: Part) -> list[tuple[int, str]]:
 
 
 class Replacements:
-    """Collects the new results, and replaces each part once the last of its rows is there."""
+    """Collects the new results, and replaces each part once the last of its rows is there.
+
+    *lock* is the hold on their folder.
+    """
 
     def __init__(self, lock: Lock) -> None:
         self._lock = lock

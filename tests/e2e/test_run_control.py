@@ -48,6 +48,22 @@ def test_a_run_whose_output_nobody_reads_commits_everything_and_ends_as_it_would
     assert len(rows_of(tmp_path / "out")) == 60
 
 
+def test_a_job_that_turns_out_wrong_leaves_no_folder_and_no_other_job_its_own(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(10), tmp_path / "out")
+    wrong = write_job(tmp_path / "wrong.yaml", tmp_path / "nowhere", tmp_path / "out")
+
+    before = run_command("run", wrong)
+    assert not (tmp_path / "out").exists()
+    run_command("run", job)
+    after = run_command("run", wrong)
+
+    assert (before.returncode, after.returncode) == (4, 4)
+    assert len(rows_of(tmp_path / "out")) == 10
+    assert (tmp_path / "out" / ".glm4v-batch" / "job.json").is_file()
+
+
 def test_an_error_that_nobody_reads_keeps_its_exit_code(tmp_path: Path, make_source: MakeSource) -> None:
     job = write_job(tmp_path / "job.yaml", make_source(0) / "nowhere", tmp_path / "out")
 
@@ -125,8 +141,7 @@ def test_a_deadline_that_has_passed_does_nothing_and_says_so(tmp_path: Path, mak
 
     assert (ended.returncode, answer["exit_code"]) == (143, 143)
     assert "2020-01-01 06:00" in answer["stopped"]
-    assert contents(tmp_path / "out") == {}
-    assert list((tmp_path / "out/.glm4v-batch/tmp").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_job_has_no_deadline(tmp_path: Path, make_source: MakeSource) -> None:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,8 @@ import pyarrow.parquet as pq
 from tests.conftest import MakeSource
 from tests.e2e.command import ROOT, command, write_job
 
-WANTS_ALL = os.environ.get("FAULTS") == "all"
-"""Whether to try everything, as `make faults` does, or a sample."""
-
 MARK = "GLM4V_TEST_MARK"
 _PATIENCE_SECONDS = 120.0
-
-Record = Callable[[str, object], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +126,3 @@ def wait_for(process: subprocess.Popen[str], is_so: Callable[[], object]) -> boo
         assert time.monotonic() < deadline, "the state that the test waits for did not come"
         time.sleep(0.005)
     return True
-
-
-def conclude(record: Record, what: str, num_points: int, violations: Sequence[str]) -> None:
-    """Note how many points were tried, and fail with all violations there were."""
-    record("fault", f"{what}: {num_points} points tried, {len(violations)} violations")
-    assert num_points > 0
-    assert not violations, "\n".join(violations)

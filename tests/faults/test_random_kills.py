@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeSource
+from tests.faults.conftest import Judge
+from tests.faults.harness import WANTS_ALL
 from tests.faults.runs import (
-    WANTS_ALL,
     Case,
-    Record,
-    conclude,
     harm,
     harm_after_finish,
     make_case,
@@ -69,7 +68,7 @@ def violations(case: Case, whom: str, mark: str, rng: random.Random) -> Iterator
 
 @pytest.mark.parametrize("replicas", [0, 2])
 def test_random_kills_lose_nothing_and_double_nothing(
-    tmp_path: Path, make_source: MakeSource, record_property: Record, replicas: int
+    tmp_path: Path, make_source: MakeSource, judge: Judge, replicas: int
 ) -> None:
     case = make_case(tmp_path, make_source, f"{SLOW}, echo_replicas: {replicas}")
     rng = random.Random(5 + replicas)
@@ -84,4 +83,4 @@ def test_random_kills_lose_nothing_and_double_nothing(
             found += [f"after kill {number}: {each}" for each in harm_after_finish(case, *case.run())]
             shutil.rmtree(case.out)
 
-    conclude(record_property, f"F3 random kills, {replicas} replicas", NUM_KILLS // 2, found)
+    judge(f"F3 random kills, {replicas} replicas", NUM_KILLS // 2, found)

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeSource
+from tests.faults.conftest import Judge
+from tests.faults.harness import WANTS_ALL
 from tests.faults.runs import (
-    WANTS_ALL,
     Case,
-    Record,
-    conclude,
     harm,
     harm_after_finish,
     make_case,
@@ -51,8 +50,8 @@ def violations(case: Case, kind: str, mark: str, rng: random.Random) -> Iterator
     """Start the job, signal it at a random moment, and look at how it ends."""
     closed = {"stdout": subprocess.DEVNULL} if kind.endswith("closed") else {}
     process = case.start(mark=mark, stderr=subprocess.PIPE, **closed)
-    # Before this the interpreter has not even read our code.
-    wait_for(process, (case.out / ".glm4v-batch" / "lock").exists)
+    # Before this the interpreter is still reading our code.
+    wait_for(process, lambda: is_holding(case, process.pid))
     time.sleep(rng.random() * 1.5)
     began = time.monotonic()
     number = send(process, kind, rng)
@@ -72,6 +71,13 @@ def violations(case: Case, kind: str, mark: str, rng: random.Random) -> Iterator
         yield f"processes outlive the run: {left}"
 
 
+def is_holding(case: Case, pid: int) -> bool:
+    """Whether the process *pid* has written its name into the lock file."""
+    with suppress(FileNotFoundError):
+        return f"process {pid} " in (case.out / ".glm4v-batch" / "lock").read_text()
+    return False
+
+
 def _wrong_claims(case: Case, said: str) -> Iterator[str]:
     num_rows = len(rows_of(case.out))
     if not re.search(rf"\b{num_rows} of 60 rows are committed", said):
@@ -83,7 +89,7 @@ def _wrong_claims(case: Case, said: str) -> Iterator[str]:
 
 
 def test_signals_at_random_times_end_in_a_resumable_folder(
-    tmp_path: Path, make_source: MakeSource, record_property: Record
+    tmp_path: Path, make_source: MakeSource, judge: Judge
 ) -> None:
     case = make_case(tmp_path, make_source, "max_batch_size: 4, echo_seconds: 0.1")
     rng = random.Random(10)
@@ -96,12 +102,12 @@ def test_signals_at_random_times_end_in_a_resumable_folder(
             found += [f"after {number}: {each}" for each in harm_after_finish(case, *case.run())]
             shutil.rmtree(case.out)
 
-    conclude(record_property, "F10 signals", NUM_SIGNALS, found)
+    judge("F10 signals", NUM_SIGNALS, found)
 
 
 @pytest.mark.skipif(not WANTS_ALL, reason="takes a minute of waiting; a unit test has a shorter grace")
 def test_a_batch_that_outlasts_the_grace_is_given_up(
-    tmp_path: Path, make_source: MakeSource, record_property: Record
+    tmp_path: Path, make_source: MakeSource, judge: Judge
 ) -> None:
     case = make_case(tmp_path, make_source, "max_batch_size: 4, echo_seconds: 40, echo_replicas: 1")
     process = case.start()
@@ -114,6 +120,6 @@ def test_a_batch_that_outlasts_the_grace_is_given_up(
 
     assert process.returncode == 143
     assert "4 of 60 rows are committed" in said
-    record_property("fault", f"F10 a batch of 40 s was given up {seconds:.1f} s after the signal")
+    judge(f"F10 a batch of 40 s was given up {seconds:.1f} s after the signal", 1, [])
     # The promise is 25 s; machines that test are busy.
     assert GRACE_SECONDS - 1 < seconds < GRACE_SECONDS + 10

@@ -28,13 +28,16 @@ from hypothesis.stateful import (
 )
 
 from glm4v_batch import executor
+from glm4v_batch.asked import EVERYTHING, Asked
 from glm4v_batch.errors import OutputError, OutputLockedError, SourceError
 from glm4v_batch.executor import Event, Outcome
 from glm4v_batch.job import read_job
-from glm4v_batch.plan import EVERYTHING, Asked, Plan
+from glm4v_batch.plan import Plan, open_job
 from tests.conftest import image_bytes
 from tests.e2e.command import MODEL
-from tests.faults.runs import WANTS_ALL, Record, conclude, rows_of, stamps
+from tests.faults.conftest import Judge
+from tests.faults.harness import WANTS_ALL
+from tests.faults.runs import rows_of, stamps
 
 NUM_EXAMPLES = 150 if WANTS_ALL else 8
 NUM_STEPS = 25 if WANTS_ALL else 15
@@ -118,7 +121,7 @@ class Folder(RuleBasedStateMachine):
             "batching: {engine: echo, max_batch_size: 4}\n"
             f"output: {{path: {self.out}, rows_per_part: {grid}, columns: [title]}}\n"
         )
-        return executor.run_job(read_job(job), asked)
+        return executor.run(open_job(read_job(job)), asked)
 
     def finish(self, events: Iterator[Event]) -> Outcome:
         *_, outcome = self.counted(events, "runs")
@@ -288,9 +291,7 @@ class Folder(RuleBasedStateMachine):
         assert len(versions) == len({source for source, _ in versions})
 
 
-def test_any_order_of_events_keeps_every_row_once(
-    monkeypatch: pytest.MonkeyPatch, record_property: Record
-) -> None:
+def test_any_order_of_events_keeps_every_row_once(monkeypatch: pytest.MonkeyPatch, judge: Judge) -> None:
     # Decoders in this process: thousands of runs are made here, and their processes are for F3.
     monkeypatch.setattr(executor, "num_decoders", lambda: 0)
     monkeypatch.setattr(Folder, "happened", Counter())
@@ -310,4 +311,4 @@ def test_any_order_of_events_keeps_every_row_once(
     )
 
     what = ", ".join(f"{count} {kind}" for kind, count in sorted(Folder.happened.items()))
-    conclude(record_property, f"F7 state machine ({what})", Folder.happened.total(), [])
+    judge(f"F7 state machine ({what})", Folder.happened.total(), [])

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeSource
+from tests.faults.conftest import Judge
+from tests.faults.harness import WANTS_ALL
 from tests.faults.runs import (
-    WANTS_ALL,
     Case,
-    Record,
-    conclude,
     harm,
     harm_after_finish,
     make_case,
@@ -32,9 +31,7 @@ def case(tmp_path: Path, make_source: MakeSource) -> Case:
     return make_case(tmp_path, make_source, "max_batch_size: 4, echo_seconds: 0.02")
 
 
-def test_of_two_commands_started_together_one_works_and_one_refuses(
-    case: Case, record_property: Record
-) -> None:
+def test_of_two_commands_started_together_one_works_and_one_refuses(case: Case, judge: Judge) -> None:
     found: list[str] = []
     for number in range(NUM_PAIRS):
         pair = [case.start(), case.start()]
@@ -52,12 +49,10 @@ def test_of_two_commands_started_together_one_works_and_one_refuses(
         found += [f"pair {number}: {each}" for each in harm_after_finish(case, case.code, "")]
         shutil.rmtree(case.out)
 
-    conclude(record_property, "F8 two runs started together", NUM_PAIRS, found)
+    judge("F8 two runs started together", NUM_PAIRS, found)
 
 
-def test_a_stopped_run_still_holds_its_folder_and_goes_on_when_continued(
-    case: Case, record_property: Record
-) -> None:
+def test_a_stopped_run_still_holds_its_folder_and_goes_on_when_continued(case: Case, judge: Judge) -> None:
     found: list[str] = []
     seconds: list[float] = []
     for number in range(NUM_STOPPED):
@@ -75,11 +70,11 @@ def test_a_stopped_run_still_holds_its_folder_and_goes_on_when_continued(
         shutil.rmtree(case.out)
 
     what = f"F8 one stopped, another started (refused after {statistics.median(seconds):.2f} s, median)"
-    conclude(record_property, what, NUM_STOPPED, found)
+    judge(what, NUM_STOPPED, found)
 
 
 def test_two_runs_without_a_lock_leave_no_duplicate(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judge: Judge
 ) -> None:
     # As on a network file system that grants every lock.
     (tmp_path / "unlocked").mkdir()
@@ -99,4 +94,4 @@ def test_two_runs_without_a_lock_leave_no_duplicate(
         found += [f"pair {number}, then alone: {each}" for each in harm_after_finish(case, *case.run())]
         shutil.rmtree(case.out)
 
-    conclude(record_property, "F8 two runs without a lock", NUM_UNLOCKED, found)
+    judge("F8 two runs without a lock", NUM_UNLOCKED, found)

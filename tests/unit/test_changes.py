@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from glm4v_batch.asked import EVERYTHING, Asked
 from glm4v_batch.errors import OutputError, SourceError
 from glm4v_batch.executor import Event, Outcome, run
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.parts import Part, list_parts
-from glm4v_batch.plan import EVERYTHING, Asked, Plan, make_plan, open_job
+from glm4v_batch.plan import Plan, make_plan, open_job
 from glm4v_batch.render import plan_as_text
 from tests.conftest import MakeSource
 from tests.e2e.command import write_job

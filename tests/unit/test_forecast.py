@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from glm4v_batch.asked import Asked
 from glm4v_batch.forecast import Forecast, context_of, fetching_seconds
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.output import locked
-from glm4v_batch.plan import Asked, make_plan, open_job
+from glm4v_batch.plan import make_plan, open_job
 from glm4v_batch.report import Report
 from glm4v_batch.speed import prior_seconds
 from glm4v_batch.types import BatchRun, BatchShape, Replica, ReplicaReady

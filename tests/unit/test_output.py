@@ -132,6 +132,7 @@ def test_a_link_among_the_leftovers_goes_and_what_it_points_to_stays(tmp_path: P
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "file").touch()
+    (tmp_path / "out").mkdir()
     with locked(tmp_path / "out"):
         (tmp_path / "out" / STATE_FOLDER / "tmp" / "link").symlink_to(kept)
 
@@ -220,3 +221,16 @@ def test_the_job_is_described_for_people(tmp_path: Path) -> None:
     described = json.loads((tmp_path / STATE_FOLDER / "job.json").read_text())
     assert described["job"] == {"name": "caption"}
     assert described["fingerprint"] == fingerprint(SETTINGS)
+
+
+@pytest.mark.parametrize("written", ["", "process 1 on another host since yesterday"])
+def test_a_refusal_names_who_holds_the_lock_and_not_who_held_it(tmp_path: Path, written: str) -> None:
+    with locked(tmp_path), (tmp_path / ".glm4v-batch" / "lock").open("w") as lock:
+        lock.write(written)
+        lock.flush()
+
+        with (
+            pytest.raises(OutputLockedError, match=f"held by another run: process {os.getpid()}\\."),
+            locked(tmp_path),
+        ):
+            pass

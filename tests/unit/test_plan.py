@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel
 
+from glm4v_batch.asked import Asked
 from glm4v_batch.checkpoint import read_checkpoint
 from glm4v_batch.errors import JobError, OutputError, SourceError
 from glm4v_batch.executor import Outcome, run
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.output import fingerprint
-from glm4v_batch.plan import Asked, OpenJob, make_plan, open_job, text_settings
+from glm4v_batch.plan import OpenJob, make_plan, open_job, text_settings
 from tests.conftest import MakeSource, image_bytes
 from tests.e2e.command import MODEL, write_job
 

@@ -7,11 +7,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from glm4v_batch.asked import EVERYTHING, Asked
 from glm4v_batch.errors import OutputError
 from glm4v_batch.executor import Event, Outcome, run
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.parts import list_parts
-from glm4v_batch.plan import EVERYTHING, Asked, Plan, make_plan, open_job
+from glm4v_batch.plan import Plan, make_plan, open_job
 from glm4v_batch.render import outcome_as_text, plan_as_text
 from glm4v_batch.retry import Replaced
 from tests.conftest import image_bytes
