@@ -25,7 +25,6 @@ from glm4v_batch.engines.packed_work import Work, WorkImage, calls, images_of
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.intake import Intake
 from glm4v_batch.job import GenerationSettings
-from glm4v_batch.kv_pool import make_pool
 from glm4v_batch.memory import MemoryModel, Meter
 from glm4v_batch.sampling import row_seed
 from glm4v_batch.segments import Segments
@@ -96,9 +95,7 @@ class PackedEngine:
         self._launched: deque[_Arriving] = deque()
         self._segments = Segments(limits.pool_tokens)
         model = self._model
-        pool = make_pool(
-            model.text_config, model.layer_devices, model.dtype, limits.pool_tokens, limits.max_rows
-        )
+        pool = model.make_pool(limits.pool_tokens, limits.max_rows)
         self._rows = DecodeRows(
             model, pool, limits.max_rows, self._generation, self._vocabulary.eos_token_ids
         )

@@ -13,7 +13,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from glm4v_batch.engines.generate import normalise
 from glm4v_batch.engines.packed_attention import TEXT_ATTENTION, VISION_ATTENTION, Packing, register
-from glm4v_batch.kv_pool import KVPool
+from glm4v_batch.kv_pool import KVPool, make_pool
 from glm4v_batch.types import GridTHW
 
 FAMILIES = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
@@ -81,6 +81,13 @@ class PackedModel:
         """The type of activations, keys and values."""
         dtype: torch.dtype = self._text.embed_tokens.weight.dtype
         return dtype
+
+    def make_pool(self, num_tokens: int, num_scratch: int) -> KVPool:
+        """An empty pool for this model's layers. Raises torch.OutOfMemoryError."""
+        # glm4v's attention passes over a head_dim of the config; what it computes with is its own.
+        head_dim = self.layers[0].self_attn.head_dim
+        num_heads = self.text_config.num_key_value_heads
+        return make_pool(self.layer_devices, num_heads, head_dim, self.dtype, num_tokens, num_scratch)
 
     def positions(self, input_ids: Tensor, image_token_id: int, grids: Sequence[GridTHW]) -> tuple[Tensor, int]:
         """M-RoPE positions int64 [3, T] of one prompt, and what later tokens' positions are ahead by."""
