@@ -296,7 +296,8 @@ class PackedEngine:
     def _enter_and_step(self, pieces: Sequence[Piece], num_rows: int) -> Tensor:
         if self._entering:
             self._rows.enter([self._entry(work) for work in self._entering])
-        return self._rows.step(pieces, num_rows)
+        most_keys = max(work.num_pool_tokens for work in filter(None, self._by_row))
+        return self._rows.step(pieces, num_rows, most_keys)
 
     def _entry(self, work: Work) -> Entry:
         request = work.request

@@ -9,8 +9,9 @@ attention lacks, scaled dot products run sequence by sequence, with the same res
 # T packed tokens, N of them prompts, S prompt pieces, R rows that decode, H query heads, K key-value
 # heads, G query heads of one key-value head, D head_dim, P tokens of the pool
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,32 +25,47 @@ VISION_ATTENTION = "glm4v_batch_flash"
 _FLASH_TYPES = (torch.bfloat16, torch.float16)
 
 
-class Packing(NamedTuple):
-    """Where the tokens of one step lie: first N of prompt pieces, then one for each of R rows.
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Some sequences, one after another on the token axis, and where each one's keys lie in the pool.
 
-    writes      int64 [T], the place in the pool of each token's key and value
-    piece_ends  int32 [S + 1], where each piece begins among the N tokens, and the end
-    piece_keys  int32 [S + 1], where each piece's keys begin in the pool; the last entry is not used
-    piece_sizes int32 [S], how many keys each piece's last token sees, itself among them
-    row_ends    int32 [R + 1], multiples of G: in attention a row's query heads stand in for tokens
-    row_keys    int32 [R + 1], as *piece_keys*
-    row_sizes   int32 [R], as *piece_sizes*
-    bounds      int64 [3] on the CPU: N, the longest piece, the most keys that any token sees
+    ends        int32 [S + 1], where each sequence begins among the tokens, and the end
+    key_starts  int32 [S + 1], where each sequence's keys begin in the pool; the last entry is not used
+    key_counts  int32 [S], how many keys each sequence's last token sees, itself among them
+    longest     the most tokens that any of them has
+    """
+
+    ends: Tensor
+    key_starts: Tensor
+    key_counts: Tensor
+    longest: int
+
+    def to(self, device: torch.device) -> "Sequences":
+        """The same on *device*."""
+        tensors = (self.ends, self.key_starts, self.key_counts)
+        return Sequences(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.longest)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What attention must know of one step: first *num_prompt* tokens of prompts, then one for each row.
+
+    writes     int64 [T], the place in the pool of each token's key and value
+    pieces     the pieces of prompts
+    rows       the rows that decode; each one's query heads stand in for tokens, G of them
+    most_keys  no token sees more
     """
 
     writes: Tensor
-    piece_ends: Tensor
-    piece_keys: Tensor
-    piece_sizes: Tensor
-    row_ends: Tensor
-    row_keys: Tensor
-    row_sizes: Tensor
-    bounds: Tensor
+    num_prompt: int
+    pieces: Sequences
+    rows: Sequences
+    most_keys: int
 
     def to(self, device: torch.device) -> "Packing":
-        """This packing with all but *bounds* on *device*."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in self[:-1])
-        return Packing(*moved, self.bounds)
+        """The same on *device*."""
+        writes = self.writes.to(device, non_blocking=True)
+        return replace(self, writes=writes, pieces=self.pieces.to(device), rows=self.rows.to(device))
 
 
 def register() -> None:
@@ -58,6 +74,7 @@ def register() -> None:
     AttentionInterface.register(VISION_ATTENTION, _vision_attention)
 
 
+@torch.compiler.disable  # compiled layers stop here, and know nothing of pool and packing
 def _text_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -73,52 +90,26 @@ def _text_attention(
 ) -> tuple[Tensor, None]:
     """The packed answer [1, T, H, D] to *query* [1, H, T, D], *key* and *value* [1, K, T, D]."""
     packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return attend(*packed, keys, values, *packing, scaling)[None], None
+    return attend(*packed, keys, values, packing, scaling)[None], None
 
 
-@torch.library.custom_op("glm4v_batch::attend", mutates_args=("keys", "values"))
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    writes: Tensor,
-    piece_ends: Tensor,
-    piece_keys: Tensor,
-    piece_sizes: Tensor,
-    row_ends: Tensor,
-    row_keys: Tensor,
-    row_sizes: Tensor,
-    bounds: Tensor,
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing, scaling: float
 ) -> Tensor:
-    """Write *key* and *value* [T, K, D] to the pool [P, K, D], and attend there with *query* [T, H, D].
-
-    A custom operator, so that compiled layers keep it whole. The other arguments are those of `Packing`.
-    """
-    keys.index_copy_(0, writes, key)
-    values.index_copy_(0, writes, value)
-    num_prompt, longest, most_keys = bounds.tolist()
+    """Write *key* and *value* [T, K, D] to the pool [P, K, D], and attend there with *query* [T, H, D]."""
+    keys.index_copy_(0, packing.writes, key)
+    values.index_copy_(0, packing.writes, value)
+    num_prompt = packing.num_prompt
     answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_prompt:
-        pieces = (piece_ends, piece_keys, piece_sizes)
         answer[:num_prompt] = _varlen(
-            query[:num_prompt], keys, values, *pieces, longest, most_keys, scaling, is_causal=True
+            query[:num_prompt], keys, values, packing.pieces, packing.most_keys, scaling, is_causal=True
         )
     if num_prompt < len(query):
         grouped = _heads_to_tokens(query[num_prompt:], keys.shape[1])
-        group = query.shape[1] // keys.shape[1]
-        rows = _varlen(
-            grouped, keys, values, row_ends, row_keys, row_sizes, group, most_keys, scaling, is_causal=False
-        )
-        answer[num_prompt:] = _tokens_to_heads(rows, group)
+        rows = _varlen(grouped, keys, values, packing.rows, packing.most_keys, scaling, is_causal=False)
+        answer[num_prompt:] = _tokens_to_heads(rows, query.shape[1] // keys.shape[1])
     return answer
-
-
-@attend.register_fake
-def _(query: Tensor, *_others: object) -> Tensor:
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
 def _heads_to_tokens(query_RHD: Tensor, num_key_heads: int) -> Tensor:
@@ -138,10 +129,7 @@ def _varlen(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    ends: Tensor,
-    key_starts: Tensor,
-    key_sizes: Tensor,
-    longest: int,
+    sequences: Sequences,
     most_keys: int,
     scaling: float,
     *,
@@ -149,14 +137,12 @@ def _varlen(
 ) -> Tensor:
     """Attention of each sequence's queries to its own stretch of *keys*; causal from the last one back."""
     if query.is_cuda and query.dtype in _FLASH_TYPES:
-        return _flash(
-            query, keys, values, ends, key_starts, longest, most_keys, scaling, is_causal, key_sizes
-        )
+        return _flash(query, keys, values, sequences, most_keys, scaling, is_causal=is_causal)
     answer = torch.empty_like(query)
-    starts, sizes = key_starts.tolist(), key_sizes.tolist()
-    for place, (begin, end) in enumerate(pairwise(ends.tolist())):
+    starts, counts = sequences.key_starts.tolist(), sequences.key_counts.tolist()
+    for place, (begin, end) in enumerate(pairwise(sequences.ends.tolist())):
         if begin < end:
-            seen = slice(starts[place], starts[place] + sizes[place])
+            seen = slice(starts[place], starts[place] + counts[place])
             answer[begin:end] = _one(query[begin:end], keys[seen], values[seen], scaling, is_causal=is_causal)
     return answer
 
@@ -165,18 +151,16 @@ def _flash(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    ends: Tensor,
-    key_ends: Tensor,
-    longest: int,
+    sequences: Sequences,
     most_keys: int,
     scaling: float,
+    *,
     is_causal: bool,
-    key_sizes: Tensor | None = None,
 ) -> Tensor:
     # torch.nn.attention.varlen calls the same operator, but lacks grouped queries before torch 2.12.
     answer: Tensor = torch.ops.aten._flash_attention_forward(
-        query, keys, values, ends, key_ends, longest, most_keys, 0.0, is_causal, False,
-        scale=scaling, seqused_k=key_sizes,
+        query, keys, values, sequences.ends, sequences.key_starts, sequences.longest, most_keys,
+        0.0, is_causal, False, scale=scaling, seqused_k=sequences.key_counts,
     )[0]  # fmt: skip
     return answer
 
@@ -193,6 +177,7 @@ def _one(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, is_causal
     return answer[0].transpose(0, 1)
 
 
+@torch.compiler.disable
 def _vision_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -206,22 +191,7 @@ def _vision_attention(
     **_others: Any,
 ) -> tuple[Tensor, None]:
     """The packed answer [1, T, H, D] of every image's patches to each other; all inputs [1, H, T, D]."""
-    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return attend_images(*packed, cu_seq_lens_q, max_length_q, scaling)[None], None
-
-
-@torch.library.custom_op("glm4v_batch::attend_images", mutates_args=())
-def attend_images(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float
-) -> Tensor:
-    """Attention within each image; *query*, *key*, *value* are [T, H, D], *ends* int32 [images + 1]."""
-    if query.is_cuda and query.dtype in _FLASH_TYPES:
-        return _flash(query, key, value, ends, ends, longest, longest, scaling, is_causal=False)
-    spans = pairwise(ends.tolist())
-    parts = [_one(query[a:b], key[a:b], value[a:b], scaling, is_causal=False) for a, b in spans]
-    return torch.cat(parts).contiguous()
-
-
-@attend_images.register_fake
-def _(query: Tensor, *_others: object) -> Tensor:
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    ends = cu_seq_lens_q
+    images = Sequences(ends, ends, ends.diff(), max_length_q)
+    return _varlen(q, k, v, images, max_length_q, scaling, is_causal=False)[None], None

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from glm4v_batch.engines.packed_attention import Packing
+from glm4v_batch.engines.packed_attention import Packing, Sequences
 from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.kv_pool import KVPool
@@ -97,10 +97,10 @@ class DecodeRows:
                 self._seen[entry.row] = False
                 self._seen[entry.row, self._send(entry.input_ids)] = True
 
-    def step(self, pieces: Sequence[Piece], num_rows: int) -> Tensor:
+    def step(self, pieces: Sequence[Piece], num_rows: int, most_keys: int) -> Tensor:
         """Prefill *pieces*, decode the live ones of the first *num_rows* rows.
 
-        Returns the next token of each row, int64 [R] on the device, or NO_TOKEN. Nothing of a row changes
+        *most_keys* is the length that no row and no prompt exceeds. Returns the next token of each row, int64 [R] on the device, or NO_TOKEN. Nothing of a row changes
         before the end, so that a step that ran out of memory can be taken again.
         """
         host = _HostStep(pieces, num_rows)
@@ -115,28 +115,30 @@ class DecodeRows:
         hidden = self._model.forward(
             embeds,
             torch.cat([positions_3N, positions_R], dim=1),
-            self._packing(host, writes_N, num_rows),
+            self._packing(host, writes_N, num_rows, most_keys),
             self._pool,
         )
         tokens_R = self._choose(self._model.logits(hidden[last_R]), num_rows)
         return self._advance(tokens_R, is_fresh_R.bool())
 
-    def _packing(self, host: "_HostStep", writes_N: Tensor, num_rows: int) -> Packing:
+    def _packing(self, host: "_HostStep", writes_N: Tensor, num_rows: int, most_keys: int) -> Packing:
         is_live, scratch = self._is_live[:num_rows], self._scratch[:num_rows]
         start, index = self._start[:num_rows], self._index[:num_rows]
         # What does not live writes behind the pool, and reads itself there.
         row_keys = torch.where(is_live, start, scratch)
         row_sizes = torch.where(is_live, index + 1, 1)
-        piece_ends, piece_keys, piece_sizes = self._send(host.pieces).int()
+        ends, key_starts, key_counts = self._send(host.pieces).int()
         return Packing(
             writes=torch.cat([writes_N, row_keys + row_sizes - 1]),
-            piece_ends=piece_ends,
-            piece_keys=piece_keys,
-            piece_sizes=piece_sizes[:-1],
-            row_ends=(torch.arange(num_rows + 1, device=start.device) * self._group).int(),
-            row_keys=torch.nn.functional.pad(row_keys, (0, 1)).int(),
-            row_sizes=row_sizes.int(),
-            bounds=torch.tensor([host.num_prompt, host.longest, self._pool.num_tokens]),
+            num_prompt=host.num_prompt,
+            pieces=Sequences(ends, key_starts, key_counts[:-1], host.longest),
+            rows=Sequences(
+                ends=(torch.arange(num_rows + 1, device=start.device) * self._group).int(),
+                key_starts=torch.nn.functional.pad(row_keys, (0, 1)).int(),
+                key_counts=row_sizes.int(),
+                longest=self._group,
+            ),
+            most_keys=most_keys,
         )
 
     def _choose(self, logits_RV: Tensor, num_rows: int) -> Tensor:
