@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from glm4v_batch.activations import packed_coefficients
 from glm4v_batch.engines.generate import vocabulary_of
-from glm4v_batch.engines.packed import PackedEngine, PackedLimits
+from glm4v_batch.engines.packed import PackedEngine
 from glm4v_batch.engines.packed_model import PackedModel
-from glm4v_batch.memory import Meter, prior_coefficients
+from glm4v_batch.memory import Meter
 from glm4v_batch.model import load_model
+from glm4v_batch.packed_limits import PackedLimits
 from glm4v_batch.plan import open_job, preprocess_settings
 from tests.cpu_meter import CpuMeter
 from tests.tiny import ENDLESS, ROOT, job_of, weight_bytes
@@ -37,6 +39,6 @@ def packed_engine(
         job.generation,
         limits,
         meter,
-        [prior_coefficients(model.config.to_dict(), 4)],
+        [packed_coefficients(model.config.to_dict(), 4)],
         memory_fraction=1.0,
     )

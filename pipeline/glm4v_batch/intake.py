@@ -24,7 +24,7 @@ class Intake(Generic[_In, _Out]):
         self._items = items
         self._make = make
         self._ready: Queue[_Out | _End] = Queue(most_ahead)
-        self._is_left = False
+        self._is_left = threading.Event()
         self.is_ended = False
         self._thread = threading.Thread(target=self._pull, name="intake", daemon=True)
 
@@ -36,7 +36,7 @@ class Intake(Generic[_In, _Out]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # The thread may wait for an item that never comes: it is not waited for.
-        self._is_left = True
+        self._is_left.set()
         with self._ready.mutex:
             self._ready.queue.clear()
             self._ready.not_full.notify_all()
@@ -59,10 +59,8 @@ class Intake(Generic[_In, _Out]):
     def _pull(self) -> None:
         try:
             for item in self._items:
-                if self._is_left:
-                    return
                 self._ready.put(self._make(item))
-                if self._is_left:
+                if self._is_left.is_set():
                     return
             self._ready.put(_End())
         except Exception as error:  # the border of the thread: whoever takes the items meets it

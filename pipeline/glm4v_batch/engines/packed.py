@@ -10,7 +10,7 @@ import gc
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from glm4v_batch.errors import PlacementError
 from glm4v_batch.intake import Intake
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, Meter
+from glm4v_batch.packed_limits import PackedLimits
 from glm4v_batch.sampling import row_seed
 from glm4v_batch.segments import Segments
 from glm4v_batch.types import BatchShape, BatchStart, Completion, Failure, PeakSample, Request
@@ -37,24 +38,10 @@ _REPORT_SECONDS = 1.0
 _GUESSED_ANSWERS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class PackedLimits:
-    """What one replica may have in hand at once.
-
-    max_rows      requests that prefill or decode
-    pool_tokens   tokens of all of them in the KV pool
-    piece_tokens  prompt tokens of one step
-    patches       patches of one call of the vision tower; one larger image goes alone
-    """
-
-    max_rows: int
-    pool_tokens: int
-    piece_tokens: int
-    patches: int
-
-
 class PackedEngine:
     """Runs requests through *model*, as many side by side as *limits* let in.
+
+    *coefficients* are what `packed_coefficients` gives for each device.
 
     Memory that runs out lowers the limits: fewer patches or prompt tokens at a time, then a smaller pool,
     whose requests begin anew; one that does not fit even alone fails.
@@ -67,7 +54,7 @@ class PackedEngine:
         generation: GenerationSettings,
         limits: PackedLimits,
         meter: Meter,
-        priors: Sequence[FloatArray],
+        coefficients: Sequence[FloatArray],
         *,
         memory_fraction: float,
     ) -> None:
@@ -75,7 +62,7 @@ class PackedEngine:
         self._vocabulary = vocabulary
         self._generation = generation
         self._meter = meter
-        self._priors = priors
+        self._coefficients = coefficients
         self._memory_fraction = memory_fraction
         self._is_draining = False
         self._waiting: deque[Work] = deque()
@@ -99,7 +86,7 @@ class PackedEngine:
         self._rows = DecodeRows(
             model, pool, limits.max_rows, self._generation, self._vocabulary.eos_token_ids
         )
-        self._memory = MemoryModel(self._meter.held_bytes(), self._priors)
+        self._memory = MemoryModel(self._meter.held_bytes(), self._coefficients)
         self._tally = Tally()
 
     def drain(self) -> None:
@@ -212,7 +199,7 @@ class PackedEngine:
         )
         self._tally.add_call(sample, self._meter.reserved_bytes())
         merged = self._model.merge_size**2
-        return None if found is None else found.split([len(image) // merged for image in patches])
+        return None if found is None else torch.split(found, [len(image) // merged for image in patches])
 
     def _expect_less_of_vision(self, call: Sequence[WorkImage]) -> None:
         if len(call) > 1:
@@ -254,7 +241,7 @@ class PackedEngine:
         return True
 
     def _compose(self) -> list[tuple[Work, int]]:
-        """The next pieces of prompts and their lengths; requests enter rows where these and the pool allow."""
+        """The next pieces of prompts and their lengths; requests enter where rows and pool allow."""
         room = self._piece_tokens()
         pieces: list[tuple[Work, int]] = []
         for work in self._to_prefill():
@@ -452,7 +439,7 @@ class _Arriving:
         if numbers.is_cuda:
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(numbers.device))
 
     def wait(self) -> list[int]:

@@ -43,7 +43,8 @@ class Sequences:
     def to(self, device: torch.device) -> "Sequences":
         """The same on *device*."""
         tensors = (self.ends, self.key_starts, self.key_counts)
-        return Sequences(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.longest)
+        ends, starts, counts = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Sequences(ends, starts, counts, self.longest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,14 @@ def register() -> None:
     AttentionInterface.register(VISION_ATTENTION, _vision_attention)
 
 
-@torch.compiler.disable  # compiled layers stop here, and know nothing of pool and packing
+# Compiled layers stop here, and know nothing of pool and packing.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _text_attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001  transformers passes it, as None
     *,
     scaling: float,
     keys: Tensor,
@@ -89,8 +91,8 @@ def _text_attention(
     **_others: Any,
 ) -> tuple[Tensor, None]:
     """The packed answer [1, T, H, D] to *query* [1, H, T, D], *key* and *value* [1, K, T, D]."""
-    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return attend(*packed, keys, values, packing, scaling)[None], None
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return attend(q, k, v, keys, values, packing, scaling)[None], None
 
 
 def attend(
@@ -158,7 +160,8 @@ def _flash(
     is_causal: bool,
 ) -> Tensor:
     # torch.nn.attention.varlen calls the same operator, but lacks grouped queries before torch 2.12.
-    answer: Tensor = torch.ops.aten._flash_attention_forward(
+    flash = torch.ops.aten._flash_attention_forward  # noqa: SLF001  the operator's own name
+    answer: Tensor = flash(
         query, keys, values, sequences.ends, sequences.key_starts, sequences.longest, most_keys,
         0.0, is_causal, False, scale=scaling, seqused_k=sequences.key_counts,
     )[0]  # fmt: skip
@@ -177,13 +180,13 @@ def _one(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, is_causal
     return answer[0].transpose(0, 1)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _vision_attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001  transformers passes it, as None
     *,
     scaling: float,
     cu_seq_lens_q: Tensor,

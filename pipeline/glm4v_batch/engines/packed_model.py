@@ -1,4 +1,4 @@
-"""A GLM-4V model of transformers as the packed engine runs it: its modules and weights, our order of calls."""
+"""A GLM-4V model of transformers as the packed engine runs it: its modules and weights, in our order."""
 
 # P patches, V visual tokens, T packed tokens, R rows, C channels, D hidden size
 
@@ -48,8 +48,9 @@ class PackedModel:
         self._head = model.lm_head
         self.text_config: Any = self._text.config
         self.layers: Sequence[Any] = self._text.layers[: self.text_config.num_hidden_layers]
-        self._text.config._attn_implementation = TEXT_ATTENTION
-        self._visual.config._attn_implementation = VISION_ATTENTION
+        # The public way to set these would look for a package of flash attention.
+        self._text.config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001
+        self._visual.config._attn_implementation = VISION_ATTENTION  # noqa: SLF001
         if len(set(self.layer_devices)) > 1 or getattr(model, "hf_device_map", {}):
             _take_hooks_off(self._text, self._head)
         self._temporal_patch_size = temporal_patch_size
@@ -89,7 +90,9 @@ class PackedModel:
         num_heads = self.text_config.num_key_value_heads
         return make_pool(self.layer_devices, num_heads, head_dim, self.dtype, num_tokens, num_scratch)
 
-    def positions(self, input_ids: Tensor, image_token_id: int, grids: Sequence[GridTHW]) -> tuple[Tensor, int]:
+    def positions(
+        self, input_ids: Tensor, image_token_id: int, grids: Sequence[GridTHW]
+    ) -> tuple[Tensor, int]:
         """M-RoPE positions int64 [3, T] of one prompt, and what later tokens' positions are ahead by."""
         is_image = (input_ids == image_token_id)[None].int()
         grid_thw = torch.tensor(grids) if grids else None

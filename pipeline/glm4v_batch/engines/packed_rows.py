@@ -100,12 +100,13 @@ class DecodeRows:
     def step(self, pieces: Sequence[Piece], num_rows: int, most_keys: int) -> Tensor:
         """Prefill *pieces*, decode the live ones of the first *num_rows* rows.
 
-        *most_keys* is the length that no row and no prompt exceeds. Returns the next token of each row, int64 [R] on the device, or NO_TOKEN. Nothing of a row changes
-        before the end, so that a step that ran out of memory can be taken again.
+        *most_keys* is the length that no row and no prompt exceeds. Returns the next token of each row,
+        int64 [R] on the device, or NO_TOKEN. Nothing of a row changes before the end, so that a step that
+        ran out of memory can be taken again.
         """
         host = _HostStep(pieces, num_rows)
         numbers = self._send(host.numbers)
-        ids_N, writes_N, places_F, last_R, is_fresh_R = numbers[: host.num_lengths].split(host.lengths)
+        ids_N, writes_N, places_F, last_R, is_fresh_R = torch.split(numbers[: host.num_lengths], host.lengths)
         positions_3N = numbers[host.num_lengths :].view(3, -1)
         embeds = self._model.embed(torch.cat([ids_N, self._token[:num_rows]]))
         if len(places_F):

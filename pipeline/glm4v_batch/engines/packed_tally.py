@@ -1,12 +1,11 @@
 """What the steps of the packed engine took, summed up for one line of `batches.jsonl` at a time."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from glm4v_batch.memory import MemoryModel
 from glm4v_batch.types import BatchRun, BatchShape, PeakSample
-
-_NO_SHAPE = BatchShape(0, 0, 0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -51,13 +50,23 @@ class Tally:
         self.is_out_of_memory |= sample.out_of_memory
 
     def as_run(self, memory: MemoryModel, budget_bytes: tuple[int, ...]) -> BatchRun:
-        """The line: how much was done, and how near the largest peak came to what *memory* predicts."""
+        """The line: how much was done, and how near the largest peak came to what *memory* predicts.
+
+        Its shape counts all that was done since the last line, in the words of a batch: rows for its size,
+        and for the KV cache the prompts and what the rows may have written, one token in each step.
+        """
         samples = [sample for sample in (self.largest_call, self.largest_step) if sample is not None]
         predicted = [memory.predict(sample.shape) for sample in samples]
         return BatchRun(
-            shape=BatchShape(self.num_rows, self.prompt_tokens, self.num_patches, self.num_steps, 0),
-            predicted_bytes=tuple(map(max, *predicted)) if len(predicted) > 1 else predicted[0],
-            peak_bytes=tuple(map(max, *(s.peak_bytes for s in samples))) if len(samples) > 1 else samples[0].peak_bytes,
+            shape=BatchShape(
+                batch_size=self.num_rows,
+                padded_tokens=self.prompt_tokens,
+                visual_patches=self.num_patches,
+                kv_tokens=self.prompt_tokens + self.num_steps * self.num_rows,
+                mask_cells=0,
+            ),
+            predicted_bytes=_highest(predicted),
+            peak_bytes=_highest([sample.peak_bytes for sample in samples]),
             budget_bytes=budget_bytes,
             out_of_memory=self.is_out_of_memory,
             seconds=self.seconds,
@@ -69,3 +78,7 @@ class Tally:
 
 def _larger(one: PeakSample | None, other: PeakSample) -> PeakSample:
     return other if one is None or other.peak_bytes > one.peak_bytes else one
+
+
+def _highest(values: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(max, zip(*values, strict=True)))
