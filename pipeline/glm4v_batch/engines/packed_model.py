@@ -149,10 +149,10 @@ class PackedModel:
         logits: Tensor = self._head(normed.to(_device_of(self._head)))
         return logits.to(self.device)
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:
         """Have the layers and the blocks of the vision tower compiled at their first call."""
         for module in (*self.layers, *self._visual.blocks):
-            module.compile(dynamic=True)
+            module.compile(dynamic=True, backend=backend)
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:
