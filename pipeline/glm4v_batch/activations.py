@@ -135,6 +135,32 @@ def prior_coefficients(
     return one_phase
 
 
+def packed_coefficients(
+    config: Mapping[str, Any], bytes_per_value: int, share: DeviceShare = WHOLE
+) -> FloatArray:
+    """As `prior_coefficients`, for the packed engine: phases are a call of the vision tower and a step.
+
+    A step's `padded_tokens` are all its tokens, none of them padding, and its `batch_size` the rows that
+    get a next token. Keys and values are not counted: they lie in the pool (`pool_token_bytes`).
+    """
+    model = _model_of(config, bytes_per_value)
+    vision = _vision_phase(model, share)
+    vision[1] = 0.0  # no prompt is embedded yet
+    step = [_logit_bytes(model, share), _token_bytes(model, share), 0.0, 0.0, 0.0]
+    return np.array([vision, step])
+
+
+def pool_token_bytes(config: Mapping[str, Any], bytes_per_value: int, share: DeviceShare = WHOLE) -> float:
+    """What one token takes in the packed engine's pool of keys and values."""
+    return _key_value_bytes(_model_of(config, bytes_per_value)) * share.layers
+
+
+def feature_token_bytes(config: Mapping[str, Any], bytes_per_value: int) -> int:
+    """What the features of one visual token take while they wait for their prompt's turn."""
+    model = _model_of(config, bytes_per_value)
+    return model.vision["out_hidden_size"] * model.value_bytes
+
+
 def _phases(model: _Model, share: DeviceShare) -> FloatArray:
     return np.array([_vision_phase(model, share), _prefill_phase(model, share), _decode_phase(model, share)])
 

@@ -58,7 +58,8 @@ class Child:
             self._writer.start()
 
     def _write(self) -> None:
-        with suppress(OSError):  # its end is noticed where its pipe is read
+        # Its end is noticed where its pipe is read. A pipe that closes within a write has no handle (None).
+        with suppress(OSError, TypeError):
             while True:
                 self.pipe.send_bytes(self._outbox.get())
 

@@ -22,6 +22,7 @@ from glm4v_batch.engines.echo import EchoSettings, load_echo
 from glm4v_batch.engines.loading import ReplicaSettings, load_engine
 from glm4v_batch.errors import SourceError
 from glm4v_batch.failure_watch import FailureWatch, TooManyFailed
+from glm4v_batch.forecast import packed_demand
 from glm4v_batch.output import Lock, Output, describe, locked, offload_folder
 from glm4v_batch.parts import Part
 from glm4v_batch.placement import priors
@@ -220,6 +221,7 @@ def replica_settings(plan: Plan) -> list[ReplicaSettings]:
             samples=forecast.samples(index),
             must_probe=not can_predict(forecast.needs.config),
             offload_folder=offload_folder(Path(job.output.path), index),
+            packed=packed_demand(job, forecast, replica) if forecast.is_packed else None,
         )
         for index, replica in enumerate(forecast.placement.replicas)
     ]

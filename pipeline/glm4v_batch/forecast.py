@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from glm4v_batch.activations import can_predict
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.devices import find_devices
+from glm4v_batch.errors import JobError
 from glm4v_batch.job import Job
 from glm4v_batch.needs import ModelNeeds, read_needs
-from glm4v_batch.placement import expected_batch_size, place
+from glm4v_batch.packed_limits import CPU_ROWS, GPU_ROWS, PackedDemand, packed_limits, tokens_of
+from glm4v_batch.placement import expected_batch_size, packed_needs, place, standing_bytes
 from glm4v_batch.preprocess import PreprocessSettings
 from glm4v_batch.report import read_report, read_runs
 from glm4v_batch.sources import Source
@@ -36,6 +39,7 @@ class Forecast:
     *contexts* name each replica's model and kind of devices; *runs* are the batches that earlier runs
     measured in each context, the oldest first. *batch_size* is how many typical requests a replica is
     expected to take at once, *time* how long what is left will take: None where nothing is known of it.
+    *image_patches* is the most that one image may have, *is_packed* whether the packed engine runs.
     """
 
     devices: tuple[Device, ...]
@@ -46,6 +50,8 @@ class Forecast:
     placement: Placement
     contexts: tuple[str, ...]
     runs: Mapping[str, Sequence[BatchRun]]
+    image_patches: int
+    is_packed: bool = False
     batch_size: int = 1
     time: TimeEstimate | None = None
 
@@ -75,21 +81,64 @@ def make_forecast(
     (host,) = find_devices("cpu")
     image_patches = worst_case(preprocess).visual_patches
     placement = place(devices, needs, job.devices, worst, typical, host, image_patches)
-    contexts = tuple(context_of(needs, replica) for replica in placement.replicas)
+    is_packed = job.batching.engine == "packed"
+    if is_packed:
+        _refuse_unpackable(needs, placement)
+    contexts = tuple(context_of(needs, replica, is_packed=is_packed) for replica in placement.replicas)
+    runs = _runs(Path(job.output.path), contexts)
     forecast = Forecast(
-        devices, needs, sampled, typical, worst, placement, contexts, _runs(Path(job.output.path), contexts)
+        devices, needs, sampled, typical, worst, placement, contexts, runs, image_patches, is_packed
     )
     sized = replace(forecast, batch_size=_batch_size(job, forecast, num_left))
     return replace(sized, time=_time(job, sized, num_left))
 
 
-def _batch_size(job: Job, forecast: Forecast, num_left: int | None) -> int:
-    sizes = (
-        expected_batch_size(
-            replica, forecast.needs, forecast.typical, job.devices.memory_fraction, forecast.samples(index)
+def _refuse_unpackable(needs: ModelNeeds, placement: Placement) -> None:
+    hint = "Set batching.engine: generate."
+    if not can_predict(needs.config):
+        raise JobError(
+            f"batching.engine: packed does not know models of the type {needs.config.get('model_type')}.",
+            hint=hint,
         )
-        for index, replica in enumerate(forecast.placement.replicas)
+    if any(replica.offloaded_bytes for replica in placement.replicas):
+        raise JobError(
+            "batching.engine: packed keeps the model on its devices, and devices.offload is set.", hint=hint
+        )
+
+
+def packed_demand(job: Job, forecast: Forecast, replica: Replica) -> PackedDemand:
+    """What the packed engine of *replica* is asked for."""
+    has_gpu = replica.devices[0].index is not None
+    return PackedDemand(
+        needs=tuple(packed_needs(replica, forecast.needs)),
+        max_rows=job.batching.max_batch_size or (GPU_ROWS if has_gpu else CPU_ROWS),
+        typical=forecast.typical,
+        worst=forecast.worst,
+        image_patches=forecast.image_patches,
     )
+
+
+def _packed_rows(job: Job, forecast: Forecast, replica: Replica) -> int:
+    """How many typical requests the packed engine is expected to have in hand at once."""
+    standing = standing_bytes(replica, forecast.needs)
+    room = [
+        int(device.usable_bytes * job.devices.memory_fraction) - weights
+        for device, weights in zip(replica.devices, standing, strict=True)
+    ]
+    limits = packed_limits(packed_demand(job, forecast, replica), room)
+    return min(limits.max_rows, limits.pool_tokens // tokens_of(forecast.typical))
+
+
+def _fitting(job: Job, forecast: Forecast, index: int) -> int:
+    replica = forecast.placement.replicas[index]
+    if forecast.is_packed:
+        return _packed_rows(job, forecast, replica)
+    fraction = job.devices.memory_fraction
+    return expected_batch_size(replica, forecast.needs, forecast.typical, fraction, forecast.samples(index))
+
+
+def _batch_size(job: Job, forecast: Forecast, num_left: int | None) -> int:
+    sizes = (_fitting(job, forecast, index) for index in range(len(forecast.placement.replicas)))
     # A request that fits nowhere by prediction is tried all the same.
     fitting = max(1, min(sizes))
     share = fitting if num_left is None else math.ceil(num_left / len(forecast.placement.replicas))
@@ -117,12 +166,13 @@ def fetching_seconds(replica: Replica) -> float:
     return replica.offloaded_bytes / (_DISK_BYTES_PER_SECOND if is_on_disk else _HOST_BYTES_PER_SECOND)
 
 
-def context_of(needs: ModelNeeds, replica: Replica) -> str:
-    """Names a model on a kind of devices: what was measured there holds for every replica like it."""
+def context_of(needs: ModelNeeds, replica: Replica, *, is_packed: bool = False) -> str:
+    """Names a model and engine on a kind of devices: what was measured there holds for replicas like it."""
     config = _digest(needs.config)
     names = ", ".join(device.name for device in replica.devices)
     layout = "" if replica.device_map.keys() == {""} else f" as {_digest(replica.device_map)}"
-    return f"{config} {needs.bytes_per_value} bytes on {names}{layout}"
+    engine = " packed" if is_packed else ""
+    return f"{config} {needs.bytes_per_value} bytes on {names}{layout}{engine}"
 
 
 def _digest(mapping: Mapping[str, Any]) -> str:

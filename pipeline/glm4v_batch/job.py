@@ -261,9 +261,10 @@ class DeviceSettings(_Section):
 class BatchingSettings(_Section):
     """How records are put into batches. None of this changes the output."""
 
-    engine: Literal["auto", "generate", "echo"] = Field(
+    engine: Literal["auto", "packed", "generate", "echo"] = Field(
         default="auto",
-        description="echo answers with a hash of pixels and prompt, without a model: for trying out.",
+        description="packed: no padding, continuous batching; generate: transformers' own loop; echo: a hash "
+        "of pixels and prompt, without a model, for trying out. auto is generate.",
     )
     max_batch_size: int | None = Field(default=None, ge=1, description="Null: as many as the memory holds.")
     echo_seconds: float = Field(default=0.0, ge=0, description="How long the echo engine takes for a batch.")
@@ -274,7 +275,7 @@ class BatchingSettings(_Section):
     @field_validator("echo_seconds", "echo_replicas")
     @classmethod
     def _only_for_echo(cls, value: float, info: ValidationInfo) -> float:
-        if value and info.data.get("engine") in ("auto", "generate"):
+        if value and info.data.get("engine") in ("auto", "packed", "generate"):
             raise ValueError("has an effect only with batching.engine: echo")
         return value
 
@@ -488,7 +489,7 @@ devices:
   # offload: none              # none | cpu | disk: where layers go that fit on no GPU
 
 batching:
-  # engine: auto               # auto | generate | echo (no model: for trying out)
+  # engine: auto               # auto | packed | generate | echo (no model: for trying out)
   # max_batch_size: null       # null: as many as the memory holds
   # echo_seconds: 0.0
   # echo_replicas: 0

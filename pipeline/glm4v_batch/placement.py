@@ -9,7 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import ceil, inf
 
-from glm4v_batch.activations import DeviceShare, FloatArray, prior_coefficients
+from glm4v_batch.activations import (
+    DeviceShare,
+    FloatArray,
+    feature_token_bytes,
+    packed_coefficients,
+    pool_token_bytes,
+    prior_coefficients,
+)
 from glm4v_batch.device_map import check_map, compact_map, spots_of
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.groups import able_to_share, fewest, for_each, groups_of, refuse_shared_mig, without_offload
@@ -17,6 +24,7 @@ from glm4v_batch.job import DeviceSettings
 from glm4v_batch.layouts import Demand, budget_bytes, lay
 from glm4v_batch.memory import MemoryModel
 from glm4v_batch.needs import ModelNeeds, ModuleNeed
+from glm4v_batch.packed_limits import PackedNeeds
 from glm4v_batch.packing import batch_of, largest, share_of
 from glm4v_batch.reasons import reason_of
 from glm4v_batch.shortage import no_room, overfull
@@ -68,6 +76,19 @@ def priors(replica: Replica, needs: ModelNeeds) -> list[FloatArray]:
     """What `prior_coefficients` gives for each device of *replica*."""
     return [
         prior_coefficients(needs.config, needs.bytes_per_value, share) for share in shares(replica, needs)
+    ]
+
+
+def packed_needs(replica: Replica, needs: ModelNeeds) -> list[PackedNeeds]:
+    """What the packed engine takes on each device of *replica*."""
+    config, value_bytes = needs.config, needs.bytes_per_value
+    return [
+        PackedNeeds(
+            coefficients=packed_coefficients(config, value_bytes, share),
+            pool_token_bytes=pool_token_bytes(config, value_bytes, share),
+            feature_token_bytes=feature_token_bytes(config, value_bytes) if share.takes_inputs else 0,
+        )
+        for share in shares(replica, needs)
     ]
 
 

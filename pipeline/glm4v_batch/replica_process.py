@@ -58,12 +58,13 @@ class Crashed:
 
 def serve(pipe: Connection, load: LoadEngine, settings: Any) -> None:
     """Load the engine, then answer what comes through *pipe* until its other end is closed."""
+    outbox = _Outbox(pipe)
     try:
-        _work(pipe, load, settings)
+        _work(pipe, outbox, load, settings)
     except Glm4vBatchError as error:  # the driver raises it
-        _send(pipe, error)
+        outbox.send(error)
     except Exception as error:  # the border of the process: the driver decides what it means
-        _send(pipe, Crashed(f"{type(error).__name__}: {_first_line(error)}", traceback.format_exc()))
+        outbox.send(Crashed(f"{type(error).__name__}: {_first_line(error)}", traceback.format_exc()))
 
 
 def _first_line(error: BaseException) -> str:
@@ -71,23 +72,24 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def _work(pipe: Connection, load: LoadEngine, settings: Any) -> None:
+def _work(pipe: Connection, outbox: "_Outbox", load: LoadEngine, settings: Any) -> None:
     started = time.perf_counter()
     engine = load(settings)
-    _send(pipe, Loaded(time.perf_counter() - started, engine.held_bytes()))
-    inbox = _Inbox(pipe, engine)
+    outbox.send(Loaded(time.perf_counter() - started, engine.held_bytes()))
+    inbox = _Inbox(pipe, outbox, engine)
     while not inbox.is_draining:
         for event in engine.run(inbox.until_flush()):
-            _send(pipe, event)
-        _send(pipe, Idle())
+            outbox.send(event)
+        outbox.send(Idle())
     inbox.wait_for_end()
 
 
 class _Inbox:
     """What has arrived and is not taken yet. A thread reads, so that the driver never waits to write."""
 
-    def __init__(self, pipe: Connection, engine: Engine) -> None:
+    def __init__(self, pipe: Connection, outbox: "_Outbox", engine: Engine) -> None:
         self._pipe = pipe
+        self._outbox = outbox
         self._engine = engine
         self._arrived: SimpleQueue[Request | Flush | Exception] = SimpleQueue()
         self._thread = threading.Thread(target=self._read, name="inbox", daemon=True)
@@ -96,7 +98,7 @@ class _Inbox:
 
     def until_flush(self) -> Iterator[Request]:
         while isinstance(arrived := self._arrived.get(), Request):
-            _send(self._pipe, Took())
+            self._outbox.send(Took())
             yield arrived
         if isinstance(arrived, Exception):
             raise arrived
@@ -124,6 +126,14 @@ class _Inbox:
         self._arrived.put(message)
 
 
-def _send(pipe: Connection, message: object) -> None:
-    with suppress(OSError):  # the driver is gone, and this process is about to be
-        pipe.send_bytes(pickle.dumps(message, protocol=5))
+class _Outbox:
+    """The way to the driver, for several threads: an engine may take requests in one of its own."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, message: object) -> None:
+        content = pickle.dumps(message, protocol=5)
+        with self._lock, suppress(OSError):  # the driver is gone, and this process is about to be
+            self._pipe.send_bytes(content)

@@ -39,10 +39,11 @@ class SeededGumbel(LogitsProcessor):  # type: ignore[misc]  # Any to mypy
         return scores.float() + noise_BV
 
 
-def gumbel_noise(row_seeds_B: Tensor, step: int, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise, float32 [B, V]."""
+def gumbel_noise(row_seeds_B: Tensor, step: int | Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, float32 [B, V], for one *step* of all rows or an int64 [B] of their own."""
     tokens_V = torch.arange(vocab_size, device=row_seeds_B.device, dtype=torch.int64)
-    streams_B1 = _mix(row_seeds_B + torch.full_like(row_seeds_B, step) * 0x632BE59BD9B4E019)[:, None]
+    steps_B = torch.zeros_like(row_seeds_B) + step
+    streams_B1 = _mix(row_seeds_B + steps_B * 0x632BE59BD9B4E019)[:, None]
     bits_BV = _mix(streams_B1 + tokens_V[None, :] * 0x1E3779B97F4A7C15)
     # 23 bits and a half are exact in float32 and never 0 or 1: the logarithms stay finite.
     uniform_BV = ((bits_BV >> 40) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)

@@ -4,14 +4,21 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glm4v_batch.activations import FloatArray
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.devices import cuda_visible_devices, let_segments_grow
 from glm4v_batch.engines import Engine
 from glm4v_batch.job import Job
-from glm4v_batch.memory import MemoryModel
+from glm4v_batch.memory import MemoryModel, Meter
+from glm4v_batch.packed_limits import PackedDemand, packed_limits
 from glm4v_batch.types import PeakSample, Replica, Spot
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from glm4v_batch.engines.generate import Vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +26,7 @@ class ReplicaSettings:
     """What a replica's process needs.
 
     `MemoryModel` starts from *priors*, *samples* and *must_probe*; *offload_folder* is used only where
-    the replica's device map says `disk`.
+    the replica's device map says `disk`. With *packed* the packed engine runs, else `generate()`.
     """
 
     job: Job
@@ -29,6 +36,7 @@ class ReplicaSettings:
     samples: Sequence[PeakSample]
     must_probe: bool
     offload_folder: Path
+    packed: PackedDemand | None = None
 
 
 def load_engine(settings: ReplicaSettings) -> Engine:
@@ -38,7 +46,7 @@ def load_engine(settings: ReplicaSettings) -> Engine:
         os.environ["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices(devices)
         let_segments_grow()
         _limit_memory(settings.replica)
-    from glm4v_batch.engines.generate import GenerateEngine, vocabulary_of
+    from glm4v_batch.engines.generate import vocabulary_of
     from glm4v_batch.meters import meter_for
     from glm4v_batch.model import load_model
     from glm4v_batch.prompts import PromptRenderer
@@ -47,17 +55,51 @@ def load_engine(settings: ReplicaSettings) -> Engine:
     model = load_model(
         checkpoint.folder, job.model.dtype, torch_map(settings.replica), settings.offload_folder
     )
-    meter = meter_for(devices)
+    renderer = PromptRenderer(checkpoint, system=job.prompt.system, user=job.prompt.user)
+    make = _generate_engine if settings.packed is None else _packed_engine
+    return make(settings, model, vocabulary_of(checkpoint, renderer.decode), meter_for(devices))
+
+
+def _generate_engine(
+    settings: ReplicaSettings, model: "PreTrainedModel", vocabulary: "Vocabulary", meter: Meter
+) -> Engine:
+    from glm4v_batch.engines.generate import GenerateEngine
+
+    job = settings.job
     return GenerateEngine(
         model,
-        vocabulary_of(
-            checkpoint, PromptRenderer(checkpoint, system=job.prompt.system, user=job.prompt.user).decode
-        ),
+        vocabulary,
         job.generation,
         MemoryModel(meter.held_bytes(), settings.priors, settings.samples, must_probe=settings.must_probe),
         meter,
         memory_fraction=job.devices.memory_fraction,
         max_batch_size=job.batching.max_batch_size,
+    )
+
+
+def _packed_engine(
+    settings: ReplicaSettings, model: "PreTrainedModel", vocabulary: "Vocabulary", meter: Meter
+) -> Engine:
+    import torch
+
+    from glm4v_batch.engines.packed import PackedEngine
+    from glm4v_batch.engines.packed_model import PackedModel
+
+    job, demand = settings.job, settings.packed
+    assert demand is not None
+    fraction = job.devices.memory_fraction
+    room = [
+        int(limit * fraction) - held
+        for limit, held in zip(meter.limit_bytes(), meter.held_bytes(), strict=True)
+    ]
+    return PackedEngine(
+        PackedModel(model, torch.from_numpy(vocabulary.normalisation), vocabulary.temporal_patch_size),
+        vocabulary,
+        job.generation,
+        packed_limits(demand, room),
+        meter,
+        [needs.coefficients for needs in demand.needs],
+        memory_fraction=fraction,
     )
 
 

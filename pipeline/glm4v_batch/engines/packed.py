@@ -1,0 +1,471 @@
+"""The packed engine: no padding anywhere, one pool of decoding rows, prompts prefilled in pieces beside them.
+
+Each step runs one packed batch of tokens: pieces of prompts, and one token for every row that decodes.
+The weights are read once for both, so decoding, which is bound by memory, hides beneath prefilling,
+which is bound by arithmetic (Agrawal et al. 2023, "SARATHI"). A row that ends leaves, and the next
+request enters at once. The device decides what ends; the host learns of it a step later and never waits.
+"""
+
+import gc
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from glm4v_batch.activations import FloatArray
+from glm4v_batch.engines import EngineEvent
+from glm4v_batch.engines.generate import Vocabulary, ran_out_of_memory
+from glm4v_batch.engines.packed_model import PackedModel
+from glm4v_batch.engines.packed_rows import NO_TOKEN, DecodeRows, Entry, Piece
+from glm4v_batch.engines.packed_tally import Tally
+from glm4v_batch.engines.packed_work import Work, WorkImage, calls, images_of
+from glm4v_batch.errors import PlacementError
+from glm4v_batch.intake import Intake
+from glm4v_batch.job import GenerationSettings
+from glm4v_batch.memory import MemoryModel, Meter
+from glm4v_batch.packed_limits import PackedLimits
+from glm4v_batch.sampling import row_seed
+from glm4v_batch.segments import Segments
+from glm4v_batch.types import BatchShape, BatchStart, Completion, Failure, PeakSample, Request
+
+_ROW_STEP = 8
+_PIECE_STEP = 64
+_REPORT_SECONDS = 1.0
+# So many answers are taken to be as long as allowed, until real ones say how long they are.
+_GUESSED_ANSWERS = 4
+
+
+class PackedEngine:
+    """Runs requests through *model*, as many side by side as *limits* let in.
+
+    *coefficients* are what `packed_coefficients` gives for each device.
+
+    Memory that runs out lowers the limits: fewer patches or prompt tokens at a time, then a smaller pool,
+    whose requests begin anew; one that does not fit even alone fails.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        vocabulary: Vocabulary,
+        generation: GenerationSettings,
+        limits: PackedLimits,
+        meter: Meter,
+        coefficients: Sequence[FloatArray],
+        *,
+        memory_fraction: float,
+    ) -> None:
+        self._model = model
+        self._vocabulary = vocabulary
+        self._generation = generation
+        self._meter = meter
+        self._coefficients = coefficients
+        self._memory_fraction = memory_fraction
+        self._is_draining = False
+        self._waiting: deque[Work] = deque()
+        self._encoded: deque[Work] = deque()
+        self._failed: list[Failure] = []
+        self._answers = _Answers()
+        self._first_pool_tokens = limits.pool_tokens
+        self._fill(limits)
+
+    @torch.inference_mode()
+    def _fill(self, limits: PackedLimits) -> None:
+        """Begin with an empty pool of the size that *limits* says."""
+        self._limits = limits
+        self._by_row: list[Work | None] = [None] * limits.max_rows
+        self._prefilling: deque[Work] = deque()
+        self._entering: list[Work] = []
+        self._launched: deque[_Arriving] = deque()
+        self._segments = Segments(limits.pool_tokens)
+        model = self._model
+        pool = model.make_pool(limits.pool_tokens, limits.max_rows)
+        self._rows = DecodeRows(
+            model, pool, limits.max_rows, self._generation, self._vocabulary.eos_token_ids
+        )
+        self._memory = MemoryModel(self._meter.held_bytes(), self._coefficients)
+        self._tally = Tally()
+
+    def drain(self) -> None:
+        """See `Engine.drain`: what decodes is answered, what does not yet is dropped."""
+        self._is_draining = True
+
+    def held_bytes(self) -> tuple[int, ...]:
+        """See `Engine.held_bytes`."""
+        return self._meter.held_bytes()
+
+    def run(self, items: Iterable[Request | Failure]) -> Iterator[EngineEvent]:
+        """See `Engine.run`. Raises PlacementError where other processes leave no room at all."""
+        with Intake(items, self._prepare, self._limits.max_rows) as intake:
+            while True:
+                yield from self._take_in(intake)
+                if not self._is_busy():
+                    break
+                yield from self._turn()
+        if self._tally.num_steps:
+            yield self._reported()
+
+    def _take_in(self, intake: "Intake[Request | Failure, Work | Failure]") -> Iterator[Failure]:
+        """Let wait what has come; wait for something to come where there is nothing else to do."""
+        if self._is_draining:
+            self._drop()
+            return
+        while len(self._waiting) < self._limits.max_rows:
+            item = intake.next(wait=not self._is_busy())
+            if item is None:
+                return
+            if isinstance(item, Failure):
+                yield item
+            else:
+                self._waiting.append(item)
+                self._answers.expect(item.request)
+
+    def _prepare(self, item: Request | Failure) -> Work | Failure:
+        """What can be done of *item* on the host, ahead of its turn."""
+        if isinstance(item, Failure):
+            return item
+        input_ids = torch.from_numpy(item.inputs.input_ids).long()
+        image_token_id = self._vocabulary.image_token_id
+        positions, offset = self._model.positions(input_ids, image_token_id, item.inputs.image_grid_thw)
+        patches = torch.from_numpy(item.inputs.patches)
+        if self._model.vision_device.type == "cuda":
+            patches = patches.pin_memory()
+        places = (input_ids == image_token_id).nonzero()[:, 0]
+        return Work(item, input_ids, positions, offset, places, patches)
+
+    def _is_busy(self) -> bool:
+        return bool(self._waiting or self._encoded or any(self._by_row))
+
+    def _drop(self) -> None:
+        self._waiting.clear()
+        self._encoded.clear()
+        self._entering.clear()
+        while self._prefilling:
+            self._release(self._prefilling.popleft())
+
+    def _turn(self) -> Iterator[EngineEvent]:
+        """Encode images where prompts run short, take one step, and hand on what has ended meanwhile."""
+        if chosen := self._next_to_encode():
+            in_hand = [*chosen, *self._encoded, *filter(None, self._by_row)]
+            yield BatchStart(tuple((work.request.chunk_id, work.request.row) for work in in_hand))
+            self._encode(chosen)
+        was_launched = self._step()
+        # One step stays under way while the next is made ready, so that the device never waits for the host.
+        while len(self._launched) > was_launched:
+            yield from self._collect()
+        yield from self._failed
+        self._failed.clear()
+        if self._tally.num_steps and self._tally.seconds >= _REPORT_SECONDS:
+            yield self._reported()
+
+    # Vision
+
+    def _next_to_encode(self) -> list[Work]:
+        """The works whose images come next, taken off the queue; none while prompts enough are ready."""
+        ready = sum(work.num_left for work in (*self._encoded, *self._prefilling))
+        chosen: list[Work] = []
+        num_patches = 0
+        while self._waiting and ready < 2 * self._piece_tokens():
+            num_patches += self._waiting[0].request.visual_patches
+            if chosen and num_patches > self._limits.patches:
+                break
+            chosen.append(self._waiting.popleft())
+            ready += chosen[-1].num_left
+        return chosen
+
+    def _encode(self, works: Sequence[Work]) -> None:
+        """Give *works* their features. Where memory runs out they wait again, or one fails."""
+        features: defaultdict[Work, list[Tensor]] = defaultdict(list)
+        for call in calls([image for work in works for image in images_of(work)], self._limits.patches):
+            found = self._encode_call(call)
+            if found is None:
+                self._waiting.extendleft(reversed(works))
+                self._expect_less_of_vision(call)
+                return
+            for image, tensor in zip(call, found, strict=True):
+                features[image.work].append(tensor)
+        for work in works:
+            if tensors := features[work]:
+                work.features = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        self._encoded.extend(works)
+
+    def _encode_call(self, call: Sequence[WorkImage]) -> Sequence[Tensor] | None:
+        patches, grids = [image.patches for image in call], [image.grid for image in call]
+        found, sample = self._measured(
+            lambda: self._model.encode(patches, grids), BatchShape(0, 0, sum(map(len, patches)), 0, 0)
+        )
+        self._tally.add_call(sample, self._meter.reserved_bytes())
+        merged = self._model.merge_size**2
+        return None if found is None else torch.split(found, [len(image) // merged for image in patches])
+
+    def _expect_less_of_vision(self, call: Sequence[WorkImage]) -> None:
+        if len(call) > 1:
+            self._limits = replace(self._limits, patches=sum(len(image.patches) for image in call) // 2)
+        elif not self._shrink_pool():
+            self._waiting.remove(call[0].work)
+            self._fail(call[0].work, f"an image of {len(call[0].patches):,} patches does not fit alone")
+
+    # Steps
+
+    def _piece_tokens(self) -> int:
+        """How many prompt tokens a step takes: as many as leave in answers, so that the rows stay full.
+
+        More would fill the rows at once and then leave them to decode alone, which wastes arithmetic.
+        """
+        prompt, answer = self._answers.mean_prompt_tokens, self._answers.mean_answer_tokens
+        rows = min(self._limits.max_rows, self._limits.pool_tokens / (prompt + answer))
+        steps = math.ceil(rows * prompt / answer / _PIECE_STEP)
+        return min(steps * _PIECE_STEP, self._limits.piece_tokens)
+
+    def _step(self) -> bool:
+        """Launch a step, if there is anything to do; whether it was launched."""
+        pieces = self._compose()
+        rows = [w.row for w in self._by_row if w is not None and (w.decodes or w.num_left)]
+        if not rows:
+            return False
+        num_rows = min(_rounded_up(max(rows) + 1, _ROW_STEP), self._limits.max_rows)
+        num_prompt = sum(num_tokens for _, num_tokens in pieces)
+        tokens, sample = self._measured(
+            lambda: self._enter_and_step([work.piece(num) for work, num in pieces], num_rows),
+            BatchShape(num_rows, num_prompt + num_rows, 0, 0, 0),
+        )
+        self._tally.add_step(sample, self._meter.reserved_bytes(), num_prompt if tokens is not None else 0)
+        if tokens is None:
+            self._expect_less_of_steps(num_prompt)
+            return False
+        self._note_launched(pieces)
+        self._launched.append(_Arriving(tokens))
+        return True
+
+    def _compose(self) -> list[tuple[Work, int]]:
+        """The next pieces of prompts and their lengths; requests enter where rows and pool allow."""
+        room = self._piece_tokens()
+        pieces: list[tuple[Work, int]] = []
+        for work in self._to_prefill():
+            num_tokens = min(room, work.num_left)
+            pieces.append((work, num_tokens))
+            room -= num_tokens
+            if not room:
+                break
+        return pieces
+
+    def _to_prefill(self) -> Iterator[Work]:
+        yield from list(self._prefilling)
+        while not self._is_draining and self._encoded and self._enter(self._encoded[0]):
+            yield self._prefilling[-1]
+
+    def _enter(self, work: Work) -> bool:
+        if None not in self._by_row:
+            return False
+        start = self._segments.take(work.num_pool_tokens)
+        if start is None:
+            self._refuse_too_long(work)
+            return False
+        self._encoded.popleft()
+        work.row, work.pool_start = self._by_row.index(None), start
+        self._by_row[work.row] = work
+        self._prefilling.append(work)
+        self._entering.append(work)
+        return True
+
+    def _refuse_too_long(self, work: Work) -> None:
+        if work.num_pool_tokens <= self._limits.pool_tokens:
+            return
+        if work.num_pool_tokens <= self._first_pool_tokens:
+            raise _crowded(self._first_pool_tokens, self._limits.pool_tokens)
+        self._encoded.popleft()
+        most = self._limits.pool_tokens
+        self._fail(work, f"{work.num_pool_tokens:,} tokens of prompt and answer; the KV cache holds {most:,}")
+
+    def _enter_and_step(self, pieces: Sequence[Piece], num_rows: int) -> Tensor:
+        if self._entering:
+            self._rows.enter([self._entry(work) for work in self._entering])
+        most_keys = max(work.num_pool_tokens for work in filter(None, self._by_row))
+        return self._rows.step(pieces, num_rows, most_keys)
+
+    def _entry(self, work: Work) -> Entry:
+        request = work.request
+        return Entry(
+            row=work.row,
+            pool_start=work.pool_start,
+            input_ids=work.input_ids,
+            position_offset=work.position_offset,
+            max_new_tokens=request.max_new_tokens,
+            seed=row_seed(self._generation.seed, request.record_id, request.row),
+        )
+
+    def _note_launched(self, pieces: Sequence[tuple[Work, int]]) -> None:
+        self._entering.clear()
+        for work in filter(None, self._by_row):
+            work.num_launched += work.decodes
+        for work, num_tokens in pieces:
+            work.num_prefilled += num_tokens
+            if not work.num_left:
+                self._prefilling.remove(work)
+                work.num_launched, work.features = 1, None
+
+    def _collect(self) -> Iterator[Completion]:
+        """What the oldest step under way has made of each row."""
+        for row, token in enumerate(self._launched.popleft().wait()):
+            work = self._by_row[row]
+            if token != NO_TOKEN and work is not None:
+                work.tokens.append(token)
+                has_stopped = token in self._vocabulary.eos_token_ids
+                if has_stopped or len(work.tokens) == work.request.max_new_tokens:
+                    self._release(work)
+                    yield self._completion(work, has_stopped=has_stopped)
+
+    def _completion(self, work: Work, *, has_stopped: bool) -> Completion:
+        request = work.request
+        self._answers.add(len(work.tokens))
+        self._tally.completion_tokens += len(work.tokens)
+        return Completion(
+            record_id=request.record_id,
+            chunk_id=request.chunk_id,
+            row=request.row,
+            text=self._vocabulary.decode(work.tokens[:-1] if has_stopped else work.tokens),
+            finish_reason="stop" if has_stopped else "length",
+            prompt_tokens=request.prompt_tokens,
+            completion_tokens=len(work.tokens),
+        )
+
+    def _release(self, work: Work) -> None:
+        self._by_row[work.row] = None
+        self._segments.give_back(work.pool_start, work.num_pool_tokens)
+
+    # Memory
+
+    def _measured(self, do: Callable[[], Tensor], shape: BatchShape) -> tuple[Tensor | None, PeakSample]:
+        """What *do* gives, or None where memory ran out, and what it took."""
+        with self._meter.watch(), torch.inference_mode():
+            found = _unless_out_of_memory(do)
+        sample = PeakSample(shape, self._meter.peak_bytes(), out_of_memory=found is None)
+        if found is None:
+            gc.collect()
+            self._meter.free()
+        return found, sample
+
+    def _expect_less_of_steps(self, num_prompt: int) -> None:
+        if num_prompt > _PIECE_STEP:
+            self._limits = replace(self._limits, piece_tokens=max(_PIECE_STEP, num_prompt // 2))
+        elif not self._shrink_pool():
+            # Alone or not, there is nothing left to give up but a request.
+            work = next(filter(None, reversed(self._by_row)))
+            self._begin_anew()
+            self._waiting.remove(work)
+            self._fail(work, "a step of it does not fit")
+
+    def _shrink_pool(self) -> bool:
+        """Halve the pool; its requests begin anew. False where it could not hold each of them any more."""
+        held = [*filter(None, self._by_row), *self._encoded, *self._waiting]
+        num_tokens = self._limits.pool_tokens // 2
+        if num_tokens < max((work.num_pool_tokens for work in held), default=1):
+            return False
+        self._begin_anew()
+        del self._rows
+        self._meter.free()
+        self._fill(replace(self._limits, pool_tokens=num_tokens))
+        return True
+
+    def _begin_anew(self) -> None:
+        """Let all wait again that is under way, in its order."""
+        running = sorted(filter(None, self._by_row), key=lambda work: work.num_left)
+        again = [*running, *self._encoded]
+        for work in running:
+            self._release(work)
+        for work in again:
+            work.begin_anew()
+        self._waiting.extendleft(reversed(again))
+        for queue in (self._encoded, self._prefilling, self._entering, self._launched):
+            queue.clear()
+
+    def _reported(self) -> EngineEvent:
+        """The line of what ran since the last one; by it the pool yields where others took the memory."""
+        budget = tuple(int(limit * self._memory_fraction) for limit in self._meter.limit_bytes())
+        run = self._tally.as_run(self._memory, budget)
+        for sample in (self._tally.largest_call, self._tally.largest_step):
+            if sample is not None:
+                self._memory.observe(sample)
+        self._tally = Tally()
+        self._meter.trim(budget)
+        if any(peak > limit for peak, limit in zip(run.peak_bytes, budget, strict=True)):
+            self._shrink_pool()
+        return run
+
+    def _fail(self, work: Work, message: str) -> None:
+        request = work.request
+        self._failed.append(
+            Failure(request.record_id, request.chunk_id, request.row, "generate", "out_of_memory", message)
+        )
+
+
+class _Answers:
+    """How long prompts and answers are on average."""
+
+    def __init__(self) -> None:
+        self._num_prompts = self._prompt_tokens = 0
+        self._num_answers = self._answer_tokens = 0
+
+    def expect(self, request: Request) -> None:
+        """Count the prompt of *request*; the first requests also stand for answers as long as allowed."""
+        self._num_prompts += 1
+        self._prompt_tokens += request.prompt_tokens
+        if self._num_answers < _GUESSED_ANSWERS:
+            self.add(request.max_new_tokens)
+
+    def add(self, num_tokens: int) -> None:
+        """Count an answer."""
+        self._num_answers += 1
+        self._answer_tokens += num_tokens
+
+    @property
+    def mean_prompt_tokens(self) -> float:
+        return self._prompt_tokens / max(1, self._num_prompts)
+
+    @property
+    def mean_answer_tokens(self) -> float:
+        return max(1.0, self._answer_tokens / max(1, self._num_answers))
+
+
+class _Arriving:
+    """Numbers on their way from the device to the host."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._numbers = numbers
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(numbers.device))
+
+    def wait(self) -> list[int]:
+        """The numbers, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[int] = self._numbers.tolist()
+        return numbers
+
+
+def _unless_out_of_memory(do: Callable[[], Tensor]) -> Tensor | None:
+    try:
+        return do()
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+    return None
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _crowded(first_tokens: int, now_tokens: int) -> PlacementError:
+    return PlacementError(
+        "Other processes have taken a GPU's memory while the run used it: the KV cache held "
+        f"{first_tokens:,} tokens at first and holds {now_tokens:,} now.",
+        hint="What is committed is safe. Free the GPU, then run the same command again.",
+    )

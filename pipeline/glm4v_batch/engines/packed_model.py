@@ -1,0 +1,174 @@
+"""A GLM-4V model of transformers as the packed engine runs it: its modules and weights, in our order."""
+
+# P patches, V visual tokens, T packed tokens, R rows, C channels, D hidden size
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.vision_utils import get_vision_position_ids
+
+from glm4v_batch.engines.generate import normalise
+from glm4v_batch.engines.packed_attention import TEXT_ATTENTION, VISION_ATTENTION, Packing, register
+from glm4v_batch.kv_pool import KVPool, make_pool
+from glm4v_batch.types import GridTHW
+
+FAMILIES = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
+"""The model types whose modules are called as here."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """What travels from layer to layer, on the device of the layers at hand."""
+
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor]
+    packing: Packing
+
+    def to(self, device: torch.device) -> "_Stage":
+        cos, sin = self.rotary
+        return _Stage(self.hidden.to(device), (cos.to(device), sin.to(device)), self.packing.to(device))
+
+
+class PackedModel:
+    """Calls the vision tower, the decoder's layers and the head of *model* on packed tokens.
+
+    *table* is float32 [C, 256], what each byte of a pixel stands for. The layers may lie on several
+    devices; nothing may be offloaded.
+    """
+
+    def __init__(self, model: PreTrainedModel, table: Tensor, temporal_patch_size: int) -> None:
+        register()
+        self.model = model
+        self._visual = model.model.visual
+        self._text = model.model.language_model
+        self._head = model.lm_head
+        self.text_config: Any = self._text.config
+        self.layers: Sequence[Any] = self._text.layers[: self.text_config.num_hidden_layers]
+        # The public way to set these would look for a package of flash attention.
+        self._text.config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001
+        self._visual.config._attn_implementation = VISION_ATTENTION  # noqa: SLF001
+        if len(set(self.layer_devices)) > 1 or getattr(model, "hf_device_map", {}):
+            _take_hooks_off(self._text, self._head)
+        self._temporal_patch_size = temporal_patch_size
+        self._table = table.to(self.vision_device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are embedded."""
+        return _device_of(self._text.embed_tokens)
+
+    @property
+    def vision_device(self) -> torch.device:
+        """Where images enter."""
+        return _device_of(self._visual.patch_embed)
+
+    @property
+    def merge_size(self) -> int:
+        """Patches along each side that become one visual token."""
+        size: int = self._visual.spatial_merge_size
+        return size
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """Where each layer of the decoder lies."""
+        return [_device_of(layer) for layer in self.layers]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations, keys and values."""
+        dtype: torch.dtype = self._text.embed_tokens.weight.dtype
+        return dtype
+
+    def make_pool(self, num_tokens: int, num_scratch: int) -> KVPool:
+        """An empty pool for this model's layers. Raises torch.OutOfMemoryError."""
+        # glm4v's attention passes over a head_dim of the config; what it computes with is its own.
+        head_dim = self.layers[0].self_attn.head_dim
+        num_heads = self.text_config.num_key_value_heads
+        return make_pool(self.layer_devices, num_heads, head_dim, self.dtype, num_tokens, num_scratch)
+
+    def positions(
+        self, input_ids: Tensor, image_token_id: int, grids: Sequence[GridTHW]
+    ) -> tuple[Tensor, int]:
+        """M-RoPE positions int64 [3, T] of one prompt, and what later tokens' positions are ahead by."""
+        is_image = (input_ids == image_token_id)[None].int()
+        grid_thw = torch.tensor(grids) if grids else None
+        positions, delta = self.model.model.get_rope_index(input_ids[None], is_image, image_grid_thw=grid_thw)
+        return positions[:, 0], int(delta)
+
+    def encode(self, images: Sequence[Tensor], grids: Sequence[GridTHW]) -> Tensor:
+        """The features [V, D] of *images*, one after another: of each its uint8 patches [P, C × patch²]."""
+        device = self.vision_device
+        sizes = torch.tensor([height * width for _, height, width in grids])
+        ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+        grid_thw = torch.tensor(grids)
+        places = get_vision_position_ids(grid_thw, self.merge_size)
+        patches = torch.cat([image.to(device, non_blocking=True) for image in images])
+        pixels = normalise(patches, self._table, self._temporal_patch_size)
+        output = self._visual(
+            pixels.to(self._visual.dtype),
+            grid_thw=_sent(grid_thw, device),
+            # Given these, transformers has no reason to wait for the device.
+            position_ids=_sent(places, device),
+            cu_seqlens=_sent(ends, device),
+            max_seqlen=int(sizes.max()),
+        )
+        features: Tensor = output.pooler_output
+        return features.to(self.device)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [T, D] of int64 *input_ids* [T]."""
+        embeds: Tensor = self._text.embed_tokens(input_ids)
+        return embeds
+
+    def forward(self, embeds: Tensor, positions: Tensor, packing: Packing, pool: KVPool) -> Tensor:
+        """Hidden states [T, D] after the last layer, of *embeds* [T, D] at int64 *positions* [3, T]."""
+        hidden = embeds[None]
+        rotary = self._text.rotary_emb(hidden, position_ids=positions[:, None])
+        stage = _Stage(hidden, rotary, packing)
+        for layer, keys, values in zip(self.layers, pool.keys, pool.values, strict=True):
+            if stage.hidden.device != keys.device:
+                stage = stage.to(keys.device)
+            hidden = layer(
+                stage.hidden,
+                position_embeddings=stage.rotary,
+                attention_mask=None,
+                keys=keys,
+                values=values,
+                packing=stage.packing,
+            )
+            stage = replace(stage, hidden=hidden)
+        return stage.hidden[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, vocabulary] of *hidden* [R, D], where tokens are embedded."""
+        normed = self._text.norm(hidden.to(_device_of(self._text.norm)))
+        logits: Tensor = self._head(normed.to(_device_of(self._head)))
+        return logits.to(self.device)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Have the layers and the blocks of the vision tower compiled at their first call."""
+        for module in (*self.layers, *self._visual.blocks):
+            module.compile(dynamic=True, backend=backend)
+
+
+def _device_of(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """*tensor* on *device*; from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+def _take_hooks_off(*modules: torch.nn.Module) -> None:
+    """Without accelerate's hooks, which copy for each module what this module moves once per device."""
+    from accelerate.hooks import remove_hook_from_module
+
+    for module in modules:
+        remove_hook_from_module(module, recurse=True)

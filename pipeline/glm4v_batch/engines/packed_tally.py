@@ -1,0 +1,84 @@
+"""What the steps of the packed engine took, summed up for one line of `batches.jsonl` at a time."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from glm4v_batch.memory import MemoryModel
+from glm4v_batch.types import BatchRun, BatchShape, PeakSample
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has run since the last line.
+
+    *largest_call* and *largest_step* are what each kind of work measured where it took most.
+    """
+
+    started: float = field(default_factory=time.perf_counter)
+    num_steps: int = 0
+    num_rows: int = 0
+    num_patches: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reserved_bytes: tuple[int, ...] = ()
+    largest_call: PeakSample | None = None
+    largest_step: PeakSample | None = None
+    is_out_of_memory: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Since the last line."""
+        return time.perf_counter() - self.started
+
+    def add_call(self, sample: PeakSample, reserved_bytes: tuple[int, ...]) -> None:
+        """Count a call of the vision tower."""
+        self.num_patches += sample.shape.visual_patches
+        self.largest_call = _larger(self.largest_call, sample)
+        self._add(sample, reserved_bytes)
+
+    def add_step(self, sample: PeakSample, reserved_bytes: tuple[int, ...], prompt_tokens: int) -> None:
+        """Count a step."""
+        self.num_steps += 1
+        self.num_rows = max(self.num_rows, sample.shape.batch_size)
+        self.prompt_tokens += prompt_tokens
+        self.largest_step = _larger(self.largest_step, sample)
+        self._add(sample, reserved_bytes)
+
+    def _add(self, sample: PeakSample, reserved_bytes: tuple[int, ...]) -> None:
+        self.reserved_bytes = tuple(map(max, reserved_bytes, self.reserved_bytes or reserved_bytes))
+        self.is_out_of_memory |= sample.out_of_memory
+
+    def as_run(self, memory: MemoryModel, budget_bytes: tuple[int, ...]) -> BatchRun:
+        """The line: how much was done, and how near the largest peak came to what *memory* predicts.
+
+        Its shape counts all that was done since the last line, in the words of a batch: rows for its size,
+        and for the KV cache the prompts and what the rows may have written, one token in each step.
+        """
+        samples = [sample for sample in (self.largest_call, self.largest_step) if sample is not None]
+        predicted = [memory.predict(sample.shape) for sample in samples]
+        return BatchRun(
+            shape=BatchShape(
+                batch_size=self.num_rows,
+                padded_tokens=self.prompt_tokens,
+                visual_patches=self.num_patches,
+                kv_tokens=self.prompt_tokens + self.num_steps * self.num_rows,
+                mask_cells=0,
+            ),
+            predicted_bytes=_highest(predicted),
+            peak_bytes=_highest([sample.peak_bytes for sample in samples]),
+            budget_bytes=budget_bytes,
+            out_of_memory=self.is_out_of_memory,
+            seconds=self.seconds,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            reserved_bytes=self.reserved_bytes,
+        )
+
+
+def _larger(one: PeakSample | None, other: PeakSample) -> PeakSample:
+    return other if one is None or other.peak_bytes > one.peak_bytes else one
+
+
+def _highest(values: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(max, zip(*values, strict=True)))

@@ -1,0 +1,44 @@
+"""The packed engine on the bundled tiny GLM-4V, in this process."""
+
+from typing import Any
+
+from glm4v_batch.activations import packed_coefficients
+from glm4v_batch.engines.generate import vocabulary_of
+from glm4v_batch.engines.packed import PackedEngine
+from glm4v_batch.engines.packed_model import PackedModel
+from glm4v_batch.memory import Meter
+from glm4v_batch.model import load_model
+from glm4v_batch.packed_limits import PackedLimits
+from glm4v_batch.plan import open_job, preprocess_settings
+from tests.cpu_meter import CpuMeter
+from tests.tiny import ENDLESS, ROOT, job_of, weight_bytes
+
+LIMITS = PackedLimits(max_rows=16, pool_tokens=1 << 14, piece_tokens=512, patches=2048)
+
+
+def packed_weights() -> Any:
+    """The tiny model in float32: one of its own, because the packed engine changes its attention."""
+    return load_model(ROOT / "data" / "tiny-glm4v", "float32", {"": "cpu"})
+
+
+def packed_engine(
+    name: str, *overrides: str, limits: PackedLimits = LIMITS, meter: Meter | None = None
+) -> PackedEngine:
+    """The packed engine on the job `jobs/<name>.yaml`; without *meter* memory is endless."""
+    import torch
+
+    job = job_of(name, *overrides)
+    opened = open_job(job)
+    vocabulary = vocabulary_of(opened.checkpoint, preprocess_settings(opened).renderer().decode)
+    model = packed_weights()
+    table = torch.from_numpy(vocabulary.normalisation)
+    meter = meter or CpuMeter(weight_bytes(), ENDLESS)
+    return PackedEngine(
+        PackedModel(model, table, vocabulary.temporal_patch_size),
+        vocabulary,
+        job.generation,
+        limits,
+        meter,
+        [packed_coefficients(model.config.to_dict(), 4)],
+        memory_fraction=1.0,
+    )

@@ -1,0 +1,229 @@
+"""The packed engine writes what `generate()` writes, whatever runs beside it and whatever runs out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from glm4v_batch.activations import packed_coefficients
+from glm4v_batch.engines.generate import GenerateEngine, Vocabulary
+from glm4v_batch.engines.packed import PackedEngine
+from glm4v_batch.engines.packed_model import PackedModel
+from glm4v_batch.job import GenerationSettings
+from glm4v_batch.memory import MemoryModel, prior_coefficients
+from glm4v_batch.packed_limits import PackedLimits
+from glm4v_batch.types import BatchRun, BatchStart, Completion, Failure, ModelInputs, Request
+from tests.cpu_meter import CpuMeter
+from tests.families import FAMILIES, small_model
+from tests.packed import LIMITS, packed_engine
+from tests.tiny import ENDLESS, answers, runs, sample, texts, weight_bytes
+
+FEW = PackedLimits(max_rows=4, pool_tokens=2000, piece_tokens=128, patches=1024)
+MIB = 1024**2
+
+# A small model of any family.
+IMAGE, END = 190, (1, 2, 7, 11, 13)
+
+
+@pytest.mark.parametrize("name", ["caption", "question"])
+def test_every_sample_record_gets_the_text_that_generate_gives(name: str) -> None:
+    _, requests = sample(name)
+
+    found = texts(packed_engine(name).run(iter(requests)))
+
+    assert found == texts(answers(name, requests))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("generation.temperature=0.8", "generation.top_p=0.9", "generation.top_k=20"),
+        ("generation.repetition_penalty=1.3",),
+        ("generation.max_new_tokens=3",),
+    ],
+)
+def test_sampling_penalties_and_lengths_are_those_of_generate(overrides: Sequence[str]) -> None:
+    requests = [replace(r, max_new_tokens=3 if "max" in overrides[0] else 64) for r in sample("caption")[1]]
+
+    found = texts(packed_engine("caption", *overrides, limits=FEW).run(iter(requests[:40])))
+
+    assert found == texts(answers("caption", requests[:40], overrides))
+
+
+def test_a_text_does_not_depend_on_neighbours_or_on_how_prompts_are_cut() -> None:
+    requests = sample("caption")[1][:30]
+    base = texts(packed_engine("caption").run(iter(requests)))
+
+    for limits in (FEW, replace(FEW, max_rows=1), replace(LIMITS, piece_tokens=64)):
+        assert texts(packed_engine("caption", limits=limits).run(iter(requests[::-1]))) == base
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_writes_what_its_generate_writes_with_four_rows_for_forty(family: str) -> None:
+    requests, vocabulary = list(small_requests(40)), small_vocabulary()
+    settings = GenerationSettings(max_new_tokens=24)
+    model = random_model(family)
+    config = model.config.to_dict()
+    meter = CpuMeter(0, ENDLESS)
+    memory = MemoryModel((0,), [prior_coefficients(config, 4)])
+    expected = ends(
+        GenerateEngine(model, vocabulary, settings, memory, meter, memory_fraction=1.0).run(requests)
+    )
+
+    engine = PackedEngine(
+        PackedModel(model, torch.from_numpy(vocabulary.normalisation), 2),
+        vocabulary,
+        settings,
+        PackedLimits(max_rows=4, pool_tokens=300, piece_tokens=64, patches=64),
+        meter,
+        [packed_coefficients(config, 4)],
+        memory_fraction=1.0,
+    )
+    found = ends(engine.run(requests))
+
+    assert found == expected
+    assert {reason for _, reason in found.values()} == {"stop", "length"}
+
+
+def test_what_the_pool_held_before_reaches_no_answer() -> None:
+    requests = sample("caption")[1][:20]
+    engine = packed_engine("caption", limits=FEW)
+    pool = engine._rows._pool
+    with torch.inference_mode():
+        for tensor in (*pool.keys, *pool.values):
+            tensor[: pool.num_tokens] = torch.nan
+
+    found = texts(engine.run(iter(requests)))
+
+    assert found == texts(answers("caption", requests))
+
+
+@pytest.mark.parametrize("room_mib", [2, 4, 8])
+def test_memory_that_runs_out_makes_calls_and_pieces_smaller_and_changes_no_text(room_mib: int) -> None:
+    requests = sample("caption")[1][:40]
+    meter = CpuMeter(weight_bytes(), weight_bytes() + room_mib * MIB)
+    limits = PackedLimits(max_rows=16, pool_tokens=16_000, piece_tokens=512, patches=4096)
+    engine = packed_engine("caption", limits=limits, meter=meter)
+
+    events = list(engine.run(iter(requests)))
+
+    completions = [event for event in events if isinstance(event, Completion)]
+    failures = [event for event in events if isinstance(event, Failure)]
+    assert len(completions) + len(failures) == len(requests)
+    assert {failure.code for failure in failures} <= {"out_of_memory"}
+    expected = texts(answers("caption", requests))
+    assert texts(completions).items() <= expected.items()
+    if room_mib >= 4:
+        assert not failures
+    if room_mib <= 4:
+        assert any(run.out_of_memory for run in runs(events))
+
+
+def test_a_request_that_the_pool_cannot_hold_fails_alone() -> None:
+    requests = sample("caption")[1][:10]
+    long = replace(requests[3], max_new_tokens=5000)
+
+    events = list(packed_engine("caption", limits=FEW).run(iter([*requests[:3], long, *requests[4:]])))
+
+    (failure,) = [event for event in events if isinstance(event, Failure)]
+    assert (failure.row, failure.code, failure.stage) == (long.row, "out_of_memory", "generate")
+    assert len([event for event in events if isinstance(event, Completion)]) == 9
+
+
+def test_failures_pass_through_and_every_request_in_hand_is_named_before_it_runs() -> None:
+    requests = sample("caption")[1][:12]
+    failure = Failure("bad", "chunk", 99, "decode", "image_truncated", "cut short")
+
+    items: list[Request | Failure] = [*requests[:5], failure, *requests[5:]]
+
+    events = list(packed_engine("caption", limits=FEW).run(items))
+
+    assert failure in events
+    named: set[tuple[str, int]] = set()
+    for event in events:
+        if isinstance(event, BatchStart):
+            named |= set(event.rows)
+        if isinstance(event, Completion):
+            assert (event.chunk_id, event.row) in named
+    assert sum(run.completion_tokens for run in runs(events)) > 0
+
+
+def test_draining_answers_what_decodes_and_drops_the_rest() -> None:
+    requests = sample("caption")[1][:60]
+    engine = packed_engine("caption", limits=FEW)
+    events = engine.run(iter(requests))
+    first = next(event for event in events if isinstance(event, Completion))
+
+    engine.drain()
+    rest = [event for event in events if isinstance(event, Completion)]
+
+    expected = texts(answers("caption", requests))
+    assert texts([first, *rest]).items() <= expected.items()
+    assert len(rest) < FEW.max_rows + 1
+
+
+def test_an_engine_runs_again_after_it_has_answered_all() -> None:
+    requests = sample("caption")[1][:12]
+    engine = packed_engine("caption", limits=FEW)
+
+    found = {**texts(engine.run(iter(requests[:6]))), **texts(engine.run(iter(requests[6:])))}
+
+    assert found == texts(answers("caption", requests))
+
+
+def test_compiled_layers_write_the_same() -> None:
+    from glm4v_batch.meters import HostMeter
+
+    requests = sample("caption")[1][:6]
+    # No counting of live bytes: nothing is compiled under a dispatch mode.
+    engine = packed_engine("caption", limits=FEW, meter=HostMeter())
+    engine._model.compile(backend="aot_eager")
+
+    found = texts(engine.run(iter(requests)))
+
+    assert found == texts(answers("caption", requests))
+
+
+def random_model(family: str) -> Any:
+    torch.manual_seed(0)
+    model = small_model(family, device="cpu", image_token_id=IMAGE)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            # Wider than usual: near-constant logits would make any text equal to any other.
+            parameter.data.normal_(0, 1.2 / parameter.shape[-1] ** 0.5)
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+def small_vocabulary() -> Vocabulary:
+    table = np.linspace(-2, 2, 256, dtype=np.float32)[None].repeat(3, axis=0)
+    return Vocabulary(IMAGE, END, lambda ids: " ".join(map(str, ids)), table, temporal_patch_size=2)
+
+
+def small_requests(count: int) -> Iterator[Request]:
+    """Prompts of up to two images among a few words, and answers of 3 to 23 tokens."""
+    random = np.random.default_rng(0)
+
+    def words(low: int, high: int) -> list[int]:
+        return [int(word) for word in random.integers(20, 180, random.integers(low, high))]
+
+    for row in range(count):
+        ids, grids = words(2, 9), []
+        for _ in range(random.integers(0, 3)):
+            height, width = (2 * int(side) for side in random.integers(1, 5, 2))
+            grids.append((1, height, width))
+            ids += [IMAGE] * (height * width // 4) + words(1, 5)
+        size = sum(height * width for _, height, width in grids)
+        patches = random.integers(0, 256, (size, 588), dtype=np.uint8)
+        inputs = ModelInputs(np.array(ids, np.int32), patches, tuple(grids))
+        yield Request(f"r-{row}", "c", row, len(ids), size, int(random.integers(3, 24)), inputs)
+
+
+def ends(events: Any) -> dict[int, tuple[str, str]]:
+    """Text and finish reason of each completion, by row."""
+    completions = [event for event in events if not isinstance(event, (BatchRun, BatchStart))]
+    return {event.row: (event.text, event.finish_reason) for event in completions}

@@ -1,0 +1,62 @@
+"""What the packed engine may have in hand: it fits, it is worth having, or it is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm4v_batch.activations import feature_token_bytes, packed_coefficients, pool_token_bytes
+from glm4v_batch.errors import PlacementError
+from glm4v_batch.packed_limits import PackedDemand, PackedNeeds, packed_limits, peak_bytes
+from glm4v_batch.types import RequestSize
+from glm4v_batch.units import GIB
+
+# GLM-4.1V-9B's dimensions are the defaults.
+CONFIG = {"model_type": "glm4v", "text_config": {}, "vision_config": {}}
+NEEDS = PackedNeeds(
+    packed_coefficients(CONFIG, 2), pool_token_bytes(CONFIG, 2), feature_token_bytes(CONFIG, 2)
+)
+DEMAND = PackedDemand((NEEDS,), 256, RequestSize(1041, 3996, 128), RequestSize(6200, 24576, 128), 24576)
+
+
+def test_a_token_of_the_pool_takes_what_the_architecture_says() -> None:
+    # 40 layers, keys and values, 2 heads of 128 values in bfloat16.
+    assert NEEDS.pool_token_bytes == 40 * 2 * 2 * 128 * 2
+
+
+def test_beside_a_9b_model_on_24_gib_some_thirty_requests_fit() -> None:
+    limits = packed_limits(DEMAND, [int(0.92 * 24 * GIB - 19.17 * GIB)])
+
+    assert 25 <= limits.pool_tokens // (1041 + 128) <= 45
+    assert limits.patches == 24576
+
+
+def test_a_pool_is_no_larger_than_the_rows_can_fill() -> None:
+    limits = packed_limits(DEMAND, [100 * GIB])
+
+    assert limits.pool_tokens == 256 * 1169 * 3 // 2
+
+
+@given(room_mib=st.integers(0, 80_000))
+def test_what_is_allowed_fits_or_is_refused(room_mib: int) -> None:
+    room = room_mib * 1024**2
+    try:
+        limits = packed_limits(DEMAND, [room])
+    except PlacementError:
+        assert room < 4 * GIB
+        return
+
+    assert peak_bytes(limits, NEEDS) + limits.pool_tokens * NEEDS.pool_token_bytes <= room
+    assert limits.pool_tokens >= 6328
+
+
+def test_the_tightest_device_decides() -> None:
+    two = PackedDemand((NEEDS, NEEDS), 256, DEMAND.typical, DEMAND.worst, 24576)
+
+    assert packed_limits(two, [10 * GIB, 4 * GIB]) == packed_limits(DEMAND, [4 * GIB])
+
+
+def test_too_little_room_is_refused_with_what_would_help() -> None:
+    with pytest.raises(PlacementError, match=r"6,328") as refused:
+        packed_limits(DEMAND, [1 * GIB])
+
+    assert "max_pixels" in refused.value.hint
