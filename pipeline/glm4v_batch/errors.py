@@ -103,14 +103,16 @@ def sanitise(message: str) -> str:
     return shown[: _MAX_MESSAGE_CHARACTERS - 1] + "…"
 
 
-def said_by(error: BaseException) -> str:
+def said_by(error: BaseException, *, with_kind: bool = True) -> str:
     """The kind of *error* and what it says, without what it quotes: that may be a record's text or bytes.
 
     >>> said_by(ValueError("cannot read 'my secret' as a number"))
     'ValueError: cannot read … as a number'
     """
     said = _QUOTED.sub("…", str(error)).strip()
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    if not said:
+        return type(error).__name__
+    return f"{type(error).__name__}: {said}" if with_kind else said
 
 
 def place_of(error: BaseException) -> str:

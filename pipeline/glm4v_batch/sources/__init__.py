@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, assert_never
 
-from glm4v_batch.errors import JobError, SourceError
+from glm4v_batch.errors import JobError, SourceError, said_by, sanitise
 from glm4v_batch.job import DatasetSettings, ParquetSettings, SourceSettings
 from glm4v_batch.mistakes import suggest
 from glm4v_batch.types import Chunk, Record
@@ -76,8 +76,9 @@ def open_source(
     match settings:
         case ParquetSettings():
             from .parquet import ParquetSource
+            from .reader import Reader
 
-            return ParquetSource(settings, columns, own_output=own_output)
+            return ParquetSource(Reader(settings, columns, own_output), settings, columns)
         case DatasetSettings():
             from .dataset import open_dataset
 
@@ -166,5 +167,5 @@ def cut(gaps: Iterable[range], rows_per_chunk: int) -> Iterator[range]:
 
 
 def first_line(error: BaseException) -> str:
-    """What *error* says, in one line that fits into a message."""
-    return str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
+    """What *error* says, in one line that fits into a message and quotes nothing of the data."""
+    return sanitise(said_by(error, with_kind=False).split("\n")[0].rstrip("."))
