@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from glm4v_batch.devices import DeviceUse
+from glm4v_batch.errors import printable
 from glm4v_batch.executor import DevicesSeen, Event, Outcome
 from glm4v_batch.forecast import Forecast
 from glm4v_batch.plan import Plan
@@ -106,9 +107,9 @@ class Progress:
         # Whoever read the progress may be gone, or the terminal closed; the work goes on.
         with suppress(OSError):
             if self._bar is not None:
-                self._bar.write(line, file=self._stream)
+                self._bar.write(printable(line), file=self._stream)
             else:
-                self._stream.write(f"{line}\n")
+                self._stream.write(f"{printable(line)}\n")
                 self._stream.flush()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from glm4v_batch.errors import printable
 from glm4v_batch.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def plan_as_text(plan: "Plan") -> str:
         f"fingerprint  {plan.fingerprint[:12]}",
     ]
     lines += [f"gone         {path}; its parts stay" for path in plan.vanished]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _rows(count: int | None) -> str:
@@ -226,7 +227,7 @@ def status_as_text(status: "Status") -> str:
     lines += [f"  {count:>10,}  {code}" for code, count in status.failures.items()]
     lines += [f"source       {path}: {_rows(count)}" for path, count in status.sources.items()]
     lines += [f"batches      {line}" for line in _batch_lines(status.batches)]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def status_as_json(status: "Status") -> str:
@@ -236,7 +237,7 @@ def status_as_json(status: "Status") -> str:
 
 def rows_as_text(rows: Sequence["InspectedRow"]) -> str:
     """What `inspect` prints."""
-    return "\n\n".join("\n".join(_row_lines(row)) for row in rows)
+    return printable("\n\n".join("\n".join(_row_lines(row)) for row in rows))
 
 
 def _row_lines(row: "InspectedRow") -> Iterator[str]:

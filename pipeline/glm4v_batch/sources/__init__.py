@@ -13,6 +13,8 @@ from glm4v_batch.types import Chunk, Record
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_COLUMNS_SHOWN = 50
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -98,7 +100,9 @@ def check_columns(source_columns: Sequence[str], asked: Mapping[str, Sequence[st
         if column not in source_columns
     ]
     if mistakes:
-        hint = f"The columns are: {', '.join(source_columns)}."
+        more = len(source_columns) - _COLUMNS_SHOWN
+        shown = [*source_columns[:_COLUMNS_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
+        hint = f"The columns are: {', '.join(shown)}."
         raise JobError("\n".join(mistakes), hint=hint)
 
 

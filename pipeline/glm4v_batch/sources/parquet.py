@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from glm4v_batch.errors import JobError, SourceError
+from glm4v_batch.errors import JobError, SourceError, sanitise
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.types import Chunk, Record
 from glm4v_batch.units import format_bytes
@@ -344,7 +344,14 @@ def find_files(settings: ParquetSettings, own_output: Path | None) -> tuple[Any,
             "current folder.",
         )
     named = {_name(fs, file, pattern): file for file in found}
+    unnamed = [name for name in named if not _is_text(name)]
+    refuse([f"  {sanitise(name)} has a name that is not UTF-8: rename it" for name in unnamed])
     return fs, dict(sorted(named.items()))
+
+
+def _is_text(name: str) -> bool:
+    # Python stands in half a surrogate pair for a byte of a file's name that is no text.
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _is_below(fs: Any, file: str, folder: Path | None) -> bool:
