@@ -142,13 +142,13 @@ class ImageSettings(_Section):
         default=50_000_000,
         ge=1,
         le=89_478_485,
-        description="An image that has more fails before it is decoded. Does not change the output of others.",
+        description="An image of more pixels fails undecoded. Does not change the output of others.",
     )
     max_image_bytes: int = Field(
         default=64 * 1024**2,
         ge=1,
         le=96 * 1024**2,
-        description="An image that takes more, encoded, fails unread. Does not change the output of others.",
+        description="An image of more encoded bytes fails. Does not change the output of others.",
     )
 
     @field_validator("max_pixels")

@@ -67,7 +67,12 @@ def test_a_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
         },
         "prompt": {"system": None, "user": "Describe {title}."},
         "model": {"name": "data/tiny-glm4v", "revision": None, "dtype": "auto"},
-        "images": {"min_pixels": None, "max_pixels": None},
+        "images": {
+            "min_pixels": None,
+            "max_pixels": None,
+            "max_image_pixels": 50_000_000,
+            "max_image_bytes": 67_108_864,
+        },
         "generation": {
             "max_new_tokens": 64,
             "temperature": 0.0,

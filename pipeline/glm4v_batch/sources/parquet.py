@@ -114,7 +114,7 @@ class ParquetFiles:
     """The files of *settings*, opened in this process, and where the last reads ended in them."""
 
     def __init__(
-        self, settings: ParquetSettings, columns: RecordColumns, *, own_output: Path | None = None
+        self, settings: ParquetSettings, columns: RecordColumns, own_output: Path | None = None
     ) -> None:
         layout = layout_of(settings, columns)
         self._fs, found = find_files(settings, own_output)

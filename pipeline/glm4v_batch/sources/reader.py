@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -23,9 +23,9 @@ from glm4v_batch.errors import Glm4vBatchError, SourceError
 from glm4v_batch.job import ParquetSettings
 
 from . import RecordColumns, Shard
-from .parquet import ParquetFiles, Piece, fault_of, find_files, refuse
+from .parquet import Files, ParquetFiles, Piece, fault_of, find_files, refuse
 
-_MEMORY_BYTES = 4 * 1024**3
+_MEMORY_BYTES = 2 * 1024**3
 _OPEN_SECONDS = 3600.0
 _ANSWER_SECONDS = 300.0
 _DEATHS = 2
@@ -59,6 +59,7 @@ class _Rows:
 
 
 _Request = _Open | _List | _Check | _Rows
+OpenFiles = Callable[[ParquetSettings, RecordColumns, Path | None], Files]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class _Setup:
     columns: RecordColumns
     own_output: Path | None
     folder: str
+    open_files: "OpenFiles"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,18 @@ class _LostError(Exception):
 class Reader:
     """The files of *settings*, opened in another process; see `parquet.Files`.
 
-    Raises what `ParquetFiles` raises, and SourceError for files that kill their reader.
+    *open_files* must be importable there. Raises what it raises, and SourceError for files that kill
+    their reader.
     """
 
-    def __init__(self, settings: ParquetSettings, columns: RecordColumns, own_output: Path | None) -> None:
-        self._setup = _Setup(settings, columns, own_output, os.getcwd())  # noqa: PTH109  Path's is no text
+    def __init__(
+        self,
+        settings: ParquetSettings,
+        columns: RecordColumns,
+        own_output: Path | None = None,
+        open_files: "OpenFiles" = ParquetFiles,
+    ) -> None:
+        self._setup = _Setup(settings, columns, own_output, str(Path.cwd()), open_files)
         self._child: Child | None = None
         self.schema, self.shards = self._open()
 
@@ -171,7 +180,7 @@ class _Service:
 
     def __init__(self, setup: _Setup) -> None:
         self._setup = setup
-        self._files: ParquetFiles | None = None
+        self._files: Files | None = None
 
     def answer(self, request: _Request) -> Any:
         """The answer to *request*, or the error that it met."""
@@ -199,10 +208,10 @@ class _Service:
     def _found(self) -> tuple[Any, dict[str, str]]:
         return find_files(self._setup.settings, self._setup.own_output)
 
-    def _opened(self) -> ParquetFiles:
+    def _opened(self) -> Files:
         if self._files is None:
             setup = self._setup
-            self._files = ParquetFiles(setup.settings, setup.columns, own_output=setup.own_output)
+            self._files = setup.open_files(setup.settings, setup.columns, setup.own_output)
         return self._files
 
 
