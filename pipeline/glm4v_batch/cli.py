@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from glm4v_batch import __version__
-from glm4v_batch.errors import Glm4vBatchError, printable
+from glm4v_batch.errors import Glm4vBatchError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -22,9 +22,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except Glm4vBatchError as error:
-            click.echo(printable(f"Error: {error}"), err=True)
+            click.echo(f"Error: {error}", err=True)
             if error.hint:
-                click.echo(printable(f"  {error.hint}"), err=True)
+                click.echo(f"  {error.hint}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             # A run handles it itself; this one came before or after.

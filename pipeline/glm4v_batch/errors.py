@@ -26,13 +26,13 @@ _QUOTED = re.compile(r"""b?['"`].*['"`]""", re.DOTALL)
 
 
 class Glm4vBatchError(Exception):
-    """A mistake or an obstacle that the user can act on."""
+    """A mistake or an obstacle that the user can act on. It is told as `printable` text."""
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(printable(message))
+        self.hint = printable(hint)
 
 
 class JobError(Glm4vBatchError):
