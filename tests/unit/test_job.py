@@ -293,6 +293,7 @@ def test_the_names_of_part_columns_are_those_that_parts_have() -> None:
         ("a: &x 1\nb: *x\n", "line 1 is not readable as YAML: a job file uses no & or * aliases"),
         ("name: a\nb: \x07\n", "line 2 holds a control character"),
         ("name: a\n---\nname: b\n", "is not readable as YAML"),
+        ("a: 1\n" * 6000, "a job file has no more than 10,000 names and values"),
         ("[" * 30, "settings are nested more than 20 deep"),
         ("- a\n- b\n", "line 1: a job file is made of settings such as name: caption"),
         ("# nothing\n", "holds no settings."),

@@ -289,6 +289,41 @@ def test_bad_image_becomes_a_failure_with_its_stage_and_code(ref: ImageRef, stag
     assert (result.stage, result.code) == (stage, code)
 
 
+def test_record_that_its_source_left_out_says_how_large_it_was() -> None:
+    record = Record("a", "s", 0, (ImageRef(),), {"title": None}, oversize_bytes=200 * 1024**2)
+
+    [result] = preprocess([(Chunk("s", 0, 1), record)], SETTINGS, num_workers=0)
+
+    assert isinstance(result, Failure)
+    assert (result.stage, result.code) == ("read", "record_too_large")
+    assert result.message == "its cells take 200.00 MiB"
+
+
+def test_more_images_than_the_context_holds_are_not_all_decoded() -> None:
+    images = (ImageRef(data=picture(size=(600, 600))),) * 100 + (ImageRef(data=b"not reached"),)
+
+    [result] = preprocess(
+        [(Chunk("s", 0, 1), Record("a", "s", 0, images, {"title": ""}))], SETTINGS, num_workers=0
+    )
+
+    assert isinstance(result, Failure)
+    assert (result.stage, result.code) == ("render", "prompt_too_long")
+
+
+def test_a_decoder_that_others_kill_costs_no_record() -> None:
+    results = preprocess(items(["fine"] * 40), LONG, num_workers=2, ahead=SINGLY)
+    rows = []
+
+    for result in results:
+        rows.append(result.row)
+        assert isinstance(result, Request)
+        if result.row % 10 == 5:
+            for pid in child_processes():
+                os.kill(pid, signal.SIGKILL)
+
+    assert rows == list(range(40))
+
+
 def test_unforeseen_error_becomes_a_failure_with_its_type_and_place_and_quotes_nothing() -> None:
     record = Record("a", "s", 0, (), {"other": "\u202ex"})
 
