@@ -23,6 +23,8 @@ from typing import Any
 
 _F_SETSIG = 10  # Linux, fcntl(2); the module fcntl names it from Python 3.13 on
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What multiprocessing says of a process whose fork server has died, so that nobody knows.
+_UNKNOWN_CODE = 255
 # What the fork server imports once, so that the child which replaces a lost one starts at once.
 _PRELOADED = ["glm4v_batch.preprocess"]
 
@@ -32,6 +34,11 @@ class End:
     """How a process ended: with an exit code, or by a signal, which *code* then holds negated."""
 
     code: int
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether someone else ended it, or its fork server: no input makes a process do that to itself."""
+        return self.code in (-signal.SIGKILL, _UNKNOWN_CODE)
 
     def __str__(self) -> str:
         return f"signal {-self.code}" if self.code < 0 else f"exit code {self.code}"

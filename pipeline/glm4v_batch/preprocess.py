@@ -354,8 +354,8 @@ class _Worker:
         end = self._end(grace_seconds=1)
         if end.code == -signal.SIGXCPU:
             return _timeout(f"{self._settings.record_cpu_seconds:g} s of work", done)
-        was_killed = end.code == -signal.SIGKILL
-        return _WorkerLostError("decoder_crashed", f"the decoder died: {end}", done, was_killed=was_killed)
+        message = f"the decoder died: {end}"
+        return _WorkerLostError("decoder_crashed", message, done, was_killed=end.was_killed)
 
     def close(self) -> None:
         """Kill the process; a thread that waits for it gets a _WorkerLostError."""

@@ -6,7 +6,6 @@ A file over which it dies again and again stops the run: damage must not turn it
 
 import os
 import pickle
-import signal
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ _MEMORY_BYTES = 2 * 1024**3
 _OPEN_SECONDS = 3600.0
 _ANSWER_SECONDS = 300.0
 _DEATHS = 2
-_KILLS = 5  # by SIGKILL, which speaks of the machine and not of the file
+_KILLS = 5  # from outside, which speaks of the machine and not of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,7 @@ class Reader:
                 child.end(grace_seconds=0)
             except (EOFError, OSError):
                 end = child.end(grace_seconds=1)
-                how, was_killed = f"it died by {end}", end.code == -signal.SIGKILL
+                how, was_killed = f"it died by {end}", end.was_killed
             self._child = None
             num_kills += was_killed
             num_deaths += not was_killed
