@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from glm4v_batch.failure_codes import FailureCode
 from glm4v_batch.types import BatchShape, Chunk, Completion, Failure, ImageRef, ModelInputs, Record, Request
 
 
@@ -28,7 +29,7 @@ def completion(row: int, chunk: Chunk, text: str = "a caption") -> Completion:
     return Completion(f"id-{row}", chunk.chunk_id, row, text, "stop", 12, 3)
 
 
-def failure(row: int, chunk: Chunk, code: str = "image_truncated") -> Failure:
+def failure(row: int, chunk: Chunk, code: FailureCode = "image_truncated") -> Failure:
     """A failure of *row* of *chunk*."""
     return Failure(f"id-{row}", chunk.chunk_id, row, "decode", code, "the image ends early")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 MakeSource = Callable[..., Path]
@@ -18,6 +19,9 @@ def pytest_configure() -> None:
     """Runs that tests start must heed Ctrl-C, which a script's background jobs ignore and pass on."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # How long an example takes says how busy the machine is.
+    settings.register_profile("any speed", deadline=None)
+    settings.load_profile("any speed")
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -22,8 +23,25 @@ from typing import Any
 
 _F_SETSIG = 10  # Linux, fcntl(2); the module fcntl names it from Python 3.13 on
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What multiprocessing says of a process whose fork server has died, so that nobody knows.
+_UNKNOWN_CODE = 255
 # What the fork server imports once, so that the child which replaces a lost one starts at once.
 _PRELOADED = ["glm4v_batch.preprocess"]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a process ended: with an exit code, or by a signal, which *code* then holds negated."""
+
+    code: int
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether someone else ended it, or its fork server: no input makes a process do that to itself."""
+        return self.code in (-signal.SIGKILL, _UNKNOWN_CODE)
+
+    def __str__(self) -> str:
+        return f"signal {-self.code}" if self.code < 0 else f"exit code {self.code}"
 
 
 class Child:
@@ -67,14 +85,13 @@ class Child:
         """Kill the process; whoever waits at its pipe meets the end of it."""
         self._process.kill()
 
-    def end(self, *, grace_seconds: float) -> str:
+    def end(self, *, grace_seconds: float) -> End:
         """Make sure that the process is gone, and say how it ended."""
         self._process.join(grace_seconds)  # of one that is dying, its own exit code says more than our kill
         self.kill()
         self._process.join()
         self.pipe.close()
-        code = self._process.exitcode or 0
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        return End(self._process.exitcode or 0)
 
 
 def _context() -> ForkServerContext:

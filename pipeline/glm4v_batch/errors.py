@@ -12,21 +12,27 @@ these is a bug and shows its traceback.
 """
 
 import re
+import traceback
 import unicodedata
 from collections.abc import Sequence
+from pathlib import PurePath
+
+from .failure_codes import FailureCode, Stage
 
 _MAX_MESSAGE_CHARACTERS = 200
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
+# From the first to the last quotation mark, because what is quoted may hold such marks itself.
+_QUOTED = re.compile(r"""b?['"`].*['"`]""", re.DOTALL)
 
 
 class Glm4vBatchError(Exception):
-    """A mistake or an obstacle that the user can act on."""
+    """A mistake or an obstacle that the user can act on. It is told as `printable` text."""
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(printable(message))
+        self.hint = printable(hint)
 
 
 class JobError(Glm4vBatchError):
@@ -73,12 +79,12 @@ class RecordError(Exception):
     it never reaches the user as an exception.
     """
 
-    def __init__(self, stage: str, code: str, message: str) -> None:
+    def __init__(self, stage: Stage, code: FailureCode, message: str) -> None:
         super().__init__(message)
         self.stage = stage
         self.code = code
 
-    def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type["RecordError"], tuple[Stage, FailureCode, str]]:
         # Exceptions cross process borders by pickle, which by default replays only `args`.
         return (RecordError, (self.stage, self.code, str(self)))
 
@@ -95,6 +101,33 @@ def sanitise(message: str) -> str:
     if len(shown) <= _MAX_MESSAGE_CHARACTERS:
         return shown
     return shown[: _MAX_MESSAGE_CHARACTERS - 1] + "…"
+
+
+def said_by(error: BaseException, *, with_kind: bool = True) -> str:
+    """The kind of *error* and what it says, without what it quotes: that may be a record's text or bytes.
+
+    >>> said_by(ValueError("cannot read 'my secret' as a number"))
+    'ValueError: cannot read … as a number'
+    """
+    said = _QUOTED.sub("…", str(error)).strip()
+    if not said:
+        return type(error).__name__
+    return f"{type(error).__name__}: {said}" if with_kind else said
+
+
+def place_of(error: BaseException) -> str:
+    """The kind of *error* and the line of code that raised it: what of it is safe to show."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {PurePath(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}"
+
+
+def printable(text: str) -> str:
+    """*text* as it may stand on a terminal: control and bidi characters escaped, line breaks kept.
+
+    File names, columns and ids come from strangers, and a terminal obeys what it is sent.
+    """
+    return "\n".join("".join(map(_visible, line)) for line in text.split("\n"))
 
 
 def _visible(character: str) -> str:

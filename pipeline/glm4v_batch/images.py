@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import stat
 import struct
 import warnings
 import zlib
@@ -32,7 +33,8 @@ from PIL import (
 )
 
 from glm4v_batch.checkpoint import ImageProcessing
-from glm4v_batch.errors import JobError, RecordError, SourceError
+from glm4v_batch.errors import JobError, RecordError, SourceError, said_by, sanitise
+from glm4v_batch.failure_codes import FailureCode
 from glm4v_batch.types import GridTHW, ImageRef
 from glm4v_batch.units import format_bytes, format_count
 
@@ -54,6 +56,8 @@ _MAGIC = re.compile(
     re.DOTALL,
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", re.ASCII)
+# The path is gone, too long, a loop of links, or a socket or a device without a driver.
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.ENODEV}
 # What Pillow's plugins raise on bytes that are not what their header promises.
 _DECODE_ERRORS = (
     OSError,
@@ -242,22 +246,46 @@ def _read_file(path: str | None, root: Path | None, limits: ImageLimits) -> byte
         raise RecordError("read", "path_outside_root", "the image is a path, but source.root is not set")
     file_path = _below(root, path)
     try:
-        if not file_path.is_file():  # asked before it is opened: opening a FIFO would hang
-            raise RecordError("read", "image_missing", "there is no such file")
-        with file_path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            if num_bytes > limits.max_image_bytes:
-                raise _too_large(_size_message(num_bytes, limits))
-            return file.read(limits.max_image_bytes + 1)
+        if not file_path.is_file():  # asked before it is opened: opening a device may do something
+            raise _no_file()
+        return _read_regular(file_path, root, limits)
     except PermissionError as error:
         raise RecordError("read", "image_unreadable", "the file may not be read by this user") from error
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # the disk's trouble is not the record's
-            raise SourceError(
-                f"{file_path} cannot be read: {error.strerror}.",
-                hint="What is committed is safe. Mend this, then run the same command again.",
-            ) from error
-        raise RecordError("read", "image_missing", "the path is too long") from error
+        if error.errno in _NO_FILE:
+            raise _no_file() from error
+        raise SourceError(  # the disk's trouble is not the record's
+            f"{sanitise(str(file_path))} cannot be read: {error.strerror}.",
+            hint="What is committed is safe. Mend this, then run the same command again.",
+        ) from error
+
+
+def _read_regular(path: Path, root: Path, limits: ImageLimits) -> bytes:
+    # Between the look and this moment another may stand there: a link, or a FIFO that would hang.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        _check_opened(file.fileno(), root)
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise _no_file()
+        if status.st_size > limits.max_image_bytes:
+            raise _too_large(_size_message(status.st_size, limits))
+        return file.read(limits.max_image_bytes + 1)
+
+
+def _check_opened(descriptor: int, root: Path) -> None:
+    """Where the kernel tells the path of an open file, it must be below *root* as well."""
+    link = Path(f"/proc/self/fd/{descriptor}")
+    if link.is_symlink() and not link.readlink().is_relative_to(root.resolve()):
+        raise _outside()
+
+
+def _no_file() -> RecordError:
+    return RecordError("read", "image_missing", "there is no such regular file")
+
+
+def _outside() -> RecordError:
+    return RecordError("read", "path_outside_root", "the path leads outside source.root")
 
 
 def _below(root: Path, path: str) -> Path:
@@ -268,7 +296,7 @@ def _below(root: Path, path: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long, a NUL
         raise RecordError("read", "image_missing", "the path cannot be followed") from error
     if not resolved.is_relative_to(base):
-        raise RecordError("read", "path_outside_root", "the path leads outside source.root")
+        raise _outside()
     return resolved
 
 
@@ -322,5 +350,5 @@ def _decoding() -> Iterator[None]:
         except _DECODE_ERRORS as error:
             # Pillow has one OSError for both; only its message tells a file that was cut off.
             cut = "truncated" in str(error).lower()
-            code = "image_truncated" if cut else "image_corrupt"
-            raise RecordError("decode", code, f"{type(error).__name__}: {error}") from error
+            code: FailureCode = "image_truncated" if cut else "image_corrupt"
+            raise RecordError("decode", code, said_by(error)) from error

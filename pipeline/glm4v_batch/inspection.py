@@ -28,11 +28,11 @@ class InspectedRow:
 
 
 def inspect_rows(opened: OpenJob, num_rows: int) -> list[InspectedRow]:
-    """The first *num_rows* rows of the source, preprocessed in this process."""
+    """The first *num_rows* rows of the source, preprocessed in a process like a run's."""
     records = list(islice(_records(opened, num_rows), num_rows))
     settings = preprocess_settings(opened)
     renderer = settings.renderer()
-    results = preprocess(iter(records), settings, num_workers=0)
+    results = preprocess(iter(records), settings, num_workers=1)
     return [
         _row(opened, renderer, record, result) for (_, record), result in zip(records, results, strict=True)
     ]

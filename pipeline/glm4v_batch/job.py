@@ -138,6 +138,19 @@ class ImageSettings(_Section):
         default=None, ge=1, description="Larger images are reduced. Null: as trained."
     )
 
+    max_image_pixels: int = Field(
+        default=50_000_000,
+        ge=1,
+        le=89_478_485,
+        description="An image of more pixels fails undecoded. Does not change the output of others.",
+    )
+    max_image_bytes: int = Field(
+        default=64 * 1024**2,
+        ge=1,
+        le=96 * 1024**2,
+        description="An image of more encoded bytes fails. Does not change the output of others.",
+    )
+
     @field_validator("max_pixels")
     @classmethod
     def _not_below_min(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -471,6 +484,8 @@ model:
 images:
   # min_pixels: null           # null: the checkpoint's own
   # max_pixels: null
+  # max_image_pixels: 50000000 # a larger image fails before it is decoded
+  # max_image_bytes: 67108864
 
 generation:
   max_new_tokens: 64

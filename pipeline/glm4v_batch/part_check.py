@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from glm4v_batch.errors import OutputError, sanitise
+from glm4v_batch.failure_codes import FailureCode, Stage
 from glm4v_batch.output import fingerprint
 from glm4v_batch.parts import RESULT_FIELDS, PartInfo, part_name, read_part
-from glm4v_batch.types import FinishReason, Stage
+from glm4v_batch.types import FinishReason
 from glm4v_batch.units import format_bytes, format_count
 
 _MAGIC = b"PAR1"
@@ -40,6 +41,11 @@ _MEMORY_BYTES = 768 << 20
 
 _ANSWER = ("text", "finish_reason", "prompt_tokens", "completion_tokens")
 _ERROR = ("error_stage", "error_code", "error_message")
+_KNOWN = {
+    "finish_reason": get_args(FinishReason),
+    "error_stage": get_args(Stage),
+    "error_code": get_args(FailureCode),
+}
 _MOVE_AWAY = "Move it out of the folder; the next run does its rows again."
 _MEND_DISK = "Mend that first; the part itself may be whole."
 
@@ -303,7 +309,7 @@ def _wrong_rows(batch: pa.RecordBatch, first_row: int, source: str) -> Iterator[
     yield "that count as ok with an error", pc.and_(ok, explained)
     yield "that count as failed without a reason", pc.and_(failed, lacks_reason)
     yield "that count as failed with an answer", pc.and_(failed, answered)
-    for column in ("finish_reason", "error_stage", "error_code"):
+    for column in _KNOWN:
         yield f"with an unknown {column}", _is_unknown(batch, column)
 
 
@@ -316,13 +322,8 @@ def _lacks_any(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.Array:
 
 
 def _is_unknown(batch: pa.RecordBatch, column: str) -> pa.Array:
-    cells = batch.column(column)
-    if column == "error_code":
-        known = pc.fill_null(pc.match_substring_regex(cells, r"^[a-z][a-z0-9_]*$"), fill_value=True)
-    else:
-        values = get_args(FinishReason if column == "finish_reason" else Stage)
-        known = pc.is_in(cells, value_set=pa.array([*values, None], pa.string()))
-    return pc.invert(known)
+    values = [*_KNOWN[column], None]
+    return pc.invert(pc.is_in(batch.column(column), value_set=pa.array(values, pa.string())))
 
 
 def _equals(batch: pa.RecordBatch, column: str, value: str) -> pa.Array:

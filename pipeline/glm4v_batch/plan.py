@@ -13,7 +13,7 @@ from glm4v_batch.changes import changed_parts, moved_sources, refuse_changed, so
 from glm4v_batch.checkpoint import Checkpoint, identity, locate, read_checkpoint
 from glm4v_batch.errors import JobError
 from glm4v_batch.forecast import Forecast, make_forecast
-from glm4v_batch.images import with_pixel_limits
+from glm4v_batch.images import ImageLimits, with_pixel_limits
 from glm4v_batch.job import Job
 from glm4v_batch.output import committed_parts, fingerprint
 from glm4v_batch.parts import Part, gaps
@@ -30,6 +30,9 @@ from glm4v_batch.sources import (
 )
 from glm4v_batch.templates import columns_of
 from glm4v_batch.types import Chunk
+
+# They decide which images fail, and raising them is how those are done after all.
+_NOT_TEXT = {"max_image_pixels", "max_image_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,7 @@ def text_settings(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
         **{
             f"{section}.{name}": value
             for section, settings in sections.items()
-            for name, value in settings.model_dump(mode="json").items()
+            for name, value in settings.model_dump(mode="json", exclude=_NOT_TEXT).items()
         },
         "source.id": job.source.id,
         "source.image": job.source.image,
@@ -206,6 +209,9 @@ def preprocess_settings(opened: OpenJob) -> PreprocessSettings:
         root=None if root is None else Path(root),
         min_pixels=job.images.min_pixels,
         max_pixels=job.images.max_pixels,
+        limits=ImageLimits(
+            max_image_pixels=job.images.max_image_pixels, max_image_bytes=job.images.max_image_bytes
+        ),
     )
 
 

@@ -6,15 +6,14 @@ its memory takes nothing with it but the group of records it holds; these are th
 
 import os
 import pickle
-import resource
-import sys
+import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,14 +23,21 @@ from typing import Protocol, Self, cast
 import numpy as np
 
 from glm4v_batch.checkpoint import Checkpoint
-from glm4v_batch.child import Child
-from glm4v_batch.errors import Glm4vBatchError, RecordError, sanitise
+from glm4v_batch.child import Child, End
+from glm4v_batch.confinement import allow_cpu, be_silent, forbid_files, forget_environment, limit_memory
+from glm4v_batch.errors import Glm4vBatchError, RecordError, place_of, sanitise
+from glm4v_batch.failure_codes import FailureCode, Stage
 from glm4v_batch.images import ImageLimits, ImagePatches, read_image, visual_tokens, with_pixel_limits
 from glm4v_batch.prompts import PromptRenderer
-from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request, Stage
+from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request
+from glm4v_batch.units import format_bytes
 
 _START_SECONDS = 120
 _READY = "ready"
+_PORTION_SECONDS = 0.25
+_DEATHS_ALONE = 2
+_KILLS_ALONE = 5
+_NO_MEMORY = "preparing it took more memory than a decoder may use"
 
 Item = tuple[Chunk, Record]
 Prepared = Request | Failure
@@ -42,6 +48,8 @@ class PreprocessSettings:
     """What turns a record into a request. It is sent to the workers once, when they start.
 
     *min_pixels* and *max_pixels* count height × width of one image; None keeps the checkpoint's.
+    *record_seconds* is the patience with one record by the clock, so that a busy machine fails none;
+    *record_cpu_seconds* is what its decoder may work for it.
     """
 
     checkpoint: Checkpoint
@@ -52,7 +60,8 @@ class PreprocessSettings:
     min_pixels: int | None = None
     max_pixels: int | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
-    record_seconds: float = 60
+    record_seconds: float = 180
+    record_cpu_seconds: float = 60
     worker_memory_bytes: int = 4 * 1024**3
 
     def renderer(self) -> PromptRenderer:
@@ -97,7 +106,8 @@ class Preprocessor:
 
     def _request(self, chunk: Chunk, record: Record) -> Request:
         settings, processing = self._settings, self._processing
-        images = [read_image(ref, settings.root, settings.limits, processing) for ref in record.images]
+        check_readable(record)
+        images = self._images(record)
         image_tokens = [visual_tokens(image.grid, processing.merge_size) for image in images]
         input_ids = self._renderer.render(record.fields, image_tokens, settings.max_new_tokens)
         patches = _joined(images, len(processing.image_mean) * processing.patch_size**2)
@@ -111,6 +121,34 @@ class Preprocessor:
             inputs=ModelInputs(input_ids, patches, tuple(image.grid for image in images)),
         )
 
+    def _images(self, record: Record) -> list[ImagePatches]:
+        """The images of *record*, as long as the context holds them: a list of them may be endless."""
+        settings, processing = self._settings, self._processing
+        images: list[ImagePatches] = []
+        num_tokens = 0
+        for ref in record.images:
+            images.append(read_image(ref, settings.root, settings.limits, processing))
+            num_tokens += visual_tokens(images[-1].grid, processing.merge_size)
+            check_context(num_tokens, settings)
+        return images
+
+
+def check_readable(record: Record) -> None:
+    """Raise RecordError where the source left *record* out because of its size."""
+    if record.oversize_bytes:
+        raise RecordError("read", "record_too_large", f"its cells take {format_bytes(record.oversize_bytes)}")
+
+
+def check_context(num_tokens: int, settings: PreprocessSettings) -> None:
+    """Raise RecordError where the visual tokens of the images so far leave no room in the model's context."""
+    context_tokens = settings.checkpoint.context_tokens
+    if num_tokens + settings.max_new_tokens > context_tokens:
+        raise RecordError(
+            "render",
+            "prompt_too_long",
+            f"its images alone exceed the model's context of {context_tokens} tokens",
+        )
+
 
 def request_or_failure(
     make_request: Callable[[Chunk, Record], Request], chunk: Chunk, record: Record
@@ -121,9 +159,11 @@ def request_or_failure(
     except Glm4vBatchError:
         raise  # the trouble is not this record's: it stops the run
     except RecordError as error:
-        return _failure((chunk, record), cast(Stage, error.stage), error.code, str(error))
+        return _failure((chunk, record), error.stage, error.code, str(error))
+    except MemoryError:
+        return _failure((chunk, record), "decode", "out_of_memory", _NO_MEMORY)
     except Exception as error:  # noqa: BLE001, RUF100  the border where a record's trouble becomes its row
-        return _failure((chunk, record), "decode", "preprocess_error", f"{type(error).__name__}: {error}")
+        return _failure((chunk, record), "decode", "preprocess_error", place_of(error))
 
 
 def preprocess(
@@ -207,11 +247,19 @@ class _Window:
 
 
 class _WorkerLostError(Exception):
-    """A worker died or hung over a group; code and message are those of the guilty record's failure."""
+    """A worker died or took too long after it had made *done* of its group.
 
-    def __init__(self, code: str, message: str) -> None:
+    Code and message are those of the record's failure, should it be guilty; *was_killed* speaks against
+    that: what a record makes a decoder do ends it by other signals.
+    """
+
+    def __init__(
+        self, code: FailureCode, message: str, done: Sequence[Prepared] = (), *, was_killed: bool = False
+    ) -> None:
         super().__init__(message)
         self.code = code
+        self.done = done
+        self.was_killed = was_killed
 
 
 class _Workers:
@@ -239,16 +287,31 @@ class _Workers:
         return self._threads.submit(self._ask, group)
 
     def results(self, group: Sequence[Item], answer: "Future[list[Prepared]]") -> Iterator[Prepared]:
-        """The results of *group*; if its worker was lost, each record is tried in a group of its own."""
+        """The results of *group*; those that a lost worker had not made are made one by one."""
         try:
             yield from answer.result()
             return
-        except _WorkerLostError as lost:
-            if len(group) == 1:
-                yield _failure(group[0], "decode", lost.code, str(lost))
-                return
-        retries = [([item], self.submit([item])) for item in group]
-        yield from chain.from_iterable(self.results(single, retry) for single, retry in retries)
+        except _WorkerLostError as error:
+            done = error.done
+        yield from done
+        alone = [self._threads.submit(self._ask_alone, item) for item in group[len(done) :]]
+        for single in alone:
+            yield single.result()
+
+    def _ask_alone(self, item: Item) -> Prepared:
+        """The result of a record that has a worker to itself, or its failure where workers die over it.
+
+        Not at its first death: the kernel may kill any process for want of memory, and people do.
+        """
+        num_deaths = num_kills = 0
+        while True:
+            try:
+                return self._ask([item])[0]
+            except _WorkerLostError as lost:
+                num_kills += lost.was_killed
+                num_deaths += not lost.was_killed
+                if num_deaths == _DEATHS_ALONE or num_kills == _KILLS_ALONE:
+                    return _failure(item, "decode", lost.code, str(lost))
 
     def _ask(self, group: Sequence[Item]) -> list[Prepared]:
         worker = self._idle.get()
@@ -271,21 +334,28 @@ class _Worker:
 
     def ask(self, group: Sequence[Item]) -> list[Prepared]:
         """What the worker makes of *group*. Raises _WorkerLostError if it dies or takes too long."""
+        done: list[Prepared] = []
         pipe = self._pipe or self._start()
         try:
             pipe.send_bytes(pickle.dumps(group, protocol=5))
-            if pipe.poll(self._settings.record_seconds):
+            while len(done) < len(group) and pipe.poll(self._settings.record_seconds):
                 answer = pickle.loads(pipe.recv_bytes())  # noqa: S301  from our own worker
                 if isinstance(answer, Glm4vBatchError):
                     raise answer
-                return cast(list[Prepared], answer)
+                done += cast(list[Prepared], answer)
         except (EOFError, OSError) as error:
-            raise _WorkerLostError(
-                "decoder_crashed", f"the decoder died: {self._end(grace_seconds=1)}"
-            ) from error
-        self._end(grace_seconds=0)
-        seconds = self._settings.record_seconds
-        raise _WorkerLostError("decoder_timeout", f"the record was not prepared within {seconds:g} s")
+            raise self._lost(done) from error
+        if len(done) < len(group):
+            self._end(grace_seconds=0)
+            raise _timeout(f"{self._settings.record_seconds:g} s", done)
+        return done
+
+    def _lost(self, done: Sequence[Prepared]) -> _WorkerLostError:
+        end = self._end(grace_seconds=1)
+        if end.code == -signal.SIGXCPU:
+            return _timeout(f"{self._settings.record_cpu_seconds:g} s of work", done)
+        message = f"the decoder died: {end}"
+        return _WorkerLostError("decoder_crashed", message, done, was_killed=end.was_killed)
 
     def close(self) -> None:
         """Kill the process; a thread that waits for it gets a _WorkerLostError."""
@@ -311,41 +381,62 @@ class _Worker:
             raise answer
         raise RuntimeError(f"a preprocessing worker did not start: {end}")
 
-    def _end(self, *, grace_seconds: float) -> str:
+    def _end(self, *, grace_seconds: float) -> End:
         """Make sure that the process is gone, and say how it ended."""
         assert self._child is not None
         self._pipe = None
         return self._child.end(grace_seconds=grace_seconds)
 
 
+def _timeout(patience: str, done: Sequence[Prepared]) -> _WorkerLostError:
+    return _WorkerLostError("decoder_timeout", f"the record was not prepared within {patience}", done)
+
+
 def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) -> None:
     """The worker: prepare groups until the driver closes the pipe."""
+    forget_environment()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each worker starts a thread per core
     try:
         prepare = make(settings)
     except Glm4vBatchError as error:  # the user's mistake: the driver raises it
         pipe.send(error)
         return
-    _limit_memory(settings.worker_memory_bytes)
+    be_silent()
+    forbid_files()
+    limit_memory(settings.worker_memory_bytes)
     pipe.send(_READY)
     with suppress(EOFError, OSError):  # the driver is gone, or has closed the pipe
         while True:
             group: Sequence[Item] = pickle.loads(pipe.recv_bytes())  # noqa: S301  from our own driver
-            pipe.send_bytes(pickle.dumps(_prepared(prepare, group), protocol=5))
+            for portion in _portions(prepare, group, settings.record_cpu_seconds):
+                pipe.send_bytes(pickle.dumps(portion, protocol=5))
 
 
-def _prepared(prepare: Prepare, group: Sequence[Item]) -> list[Prepared] | Glm4vBatchError:
+def _portions(
+    prepare: Prepare, group: Sequence[Item], cpu_seconds: float
+) -> Iterator[list[Prepared] | Glm4vBatchError]:
+    """What becomes of *group*, sent on a few times a second, so that the driver sees it go on."""
+    done: list[Prepared] = []
+    began = time.monotonic()
+    for item in group:
+        allow_cpu(cpu_seconds)
+        try:
+            done.append(_prepared(prepare, item))
+        except Glm4vBatchError as error:  # the driver raises it
+            yield error
+            return
+        if time.monotonic() - began > _PORTION_SECONDS:
+            yield done
+            done, began = [], time.monotonic()
+    if done:
+        yield done
+
+
+def _prepared(prepare: Prepare, item: Item) -> Prepared:
     try:
-        return [prepare(chunk, record) for chunk, record in group]
-    except Glm4vBatchError as error:  # the driver raises it
-        return error
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Let the worker's address space grow by at most *num_bytes* from here."""
-    if sys.platform == "linux":
-        used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used_bytes + num_bytes, resource.RLIM_INFINITY))
+        return prepare(*item)
+    except MemoryError:
+        return _failure(item, "decode", "out_of_memory", _NO_MEMORY)
 
 
 def _joined(images: Sequence[ImagePatches], width: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
@@ -354,7 +445,7 @@ def _joined(images: Sequence[ImagePatches], width: int) -> np.ndarray[tuple[int,
     return np.concatenate([np.empty((0, width), np.uint8), *(image.patches for image in images)])
 
 
-def _failure(item: Item, stage: Stage, code: str, message: str) -> Failure:
+def _failure(item: Item, stage: Stage, code: FailureCode, message: str) -> Failure:
     chunk, record = item
     return Failure(record.record_id, chunk.chunk_id, record.row, stage, code, sanitise(message))
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from glm4v_batch.devices import DeviceUse
 from glm4v_batch.durable import Way
+from glm4v_batch.errors import printable
 from glm4v_batch.executor import DevicesSeen, Event, Outcome
 from glm4v_batch.forecast import Forecast
 from glm4v_batch.parts import Part
@@ -123,9 +124,9 @@ class Progress:
         # Whoever read the progress may be gone, or the terminal closed; the work goes on.
         with suppress(OSError):
             if self._bar is not None:
-                self._bar.write(line, file=self._stream)
+                self._bar.write(printable(line), file=self._stream)
             else:
-                self._stream.write(f"{line}\n")
+                self._stream.write(f"{printable(line)}\n")
                 self._stream.flush()
 
 

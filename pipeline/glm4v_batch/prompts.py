@@ -85,6 +85,7 @@ class PromptRenderer:
         Raises RecordError where a column is unusable, or prompt and answer exceed the context.
         """
         texts = (self._system or "", fill(self._user, fields))
+        self._check_size(texts[1])
         ids: list[int] = []
         images = iter(image_tokens)
         for segment in self._segments_for(len(image_tokens)):
@@ -120,6 +121,21 @@ class PromptRenderer:
                 f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed "
                 f"the model's context of {context_tokens}",
             )
+
+    def _check_size(self, text: str) -> None:
+        # Encoding megabytes takes seconds and gigabytes. No token stands for more than the longest of them.
+        context_tokens = self._checkpoint.context_tokens
+        # A template may strip blanks, and a normaliser may shorten a text in ways that are not known here.
+        if self._plain.normalizer is None and len(text.strip()) > context_tokens * self._longest_token:
+            raise RecordError(
+                "render",
+                "prompt_too_long",
+                f"{len(text):,} characters exceed the model's context of {context_tokens} tokens",
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self._plain.get_vocab()), default=1)
 
     def _encode(self, text: str) -> list[int]:
         try:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from glm4v_batch.errors import printable
 from glm4v_batch.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def plan_as_text(plan: "Plan") -> str:
     lines += [f"changed      {line}" for line in changed_lines(plan)]
     lines += [f"gone         {path}; its parts stay" for path in plan.vanished]
     lines += [f"note         {line}" for line in retry_notes(plan)]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _left(plan: "Plan") -> str:
@@ -303,7 +304,7 @@ def status_as_text(status: "Status") -> str:
         lines.append("retry        glm4v-batch run JOB --retry-failed")
     lines += [f"source       {path}: {_rows(count)}" for path, count in status.sources.items()]
     lines += [f"batches      {line}" for line in _batch_lines(status.batches)]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def status_as_json(status: "Status") -> str:
@@ -313,7 +314,7 @@ def status_as_json(status: "Status") -> str:
 
 def rows_as_text(rows: Sequence["InspectedRow"]) -> str:
     """What `inspect` prints."""
-    return "\n\n".join("\n".join(_row_lines(row)) for row in rows)
+    return printable("\n\n".join("\n".join(_row_lines(row)) for row in rows))
 
 
 def _row_lines(row: "InspectedRow") -> Iterator[str]:

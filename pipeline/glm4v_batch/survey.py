@@ -18,7 +18,7 @@ import numpy as np
 from glm4v_batch.checkpoint import ImageProcessing
 from glm4v_batch.errors import RecordError
 from glm4v_batch.images import open_image, visual_grid, visual_tokens, with_pixel_limits
-from glm4v_batch.preprocess import PreprocessSettings, preprocess, request_or_failure
+from glm4v_batch.preprocess import PreprocessSettings, check_readable, preprocess, request_or_failure
 from glm4v_batch.sources import Source
 from glm4v_batch.templates import columns_of
 from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request, RequestSize
@@ -186,6 +186,7 @@ class HeaderReader:
 
     def _request(self, chunk: Chunk, record: Record) -> Request:
         settings, processing = self._settings, self._processing
+        check_readable(record)
         headers = (open_image(ref, settings.root, settings.limits) for ref in record.images)
         grids = tuple(visual_grid(header, processing) for header in headers)
         image_tokens = [visual_tokens(grid, processing.merge_size) for grid in grids]

@@ -83,7 +83,9 @@ def _as_text(column: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     if value is None:
-        raise RecordError("render", "prompt_null_column", f"column {column}, which the prompt needs, is null")
+        raise RecordError(
+            "render", "prompt_missing_column", f"column {column}, which the prompt needs, is null"
+        )
     if isinstance(value, (int, float)):
         return str(value)
     kind = type(value).__name__

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from glm4v_batch.failure_codes import FailureCode, Stage
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Stage = Literal["read", "decode", "render", "generate"]
 FinishReason = Literal["stop", "length"]
 GridTHW = tuple[int, int, int]
 """Frames, patch rows and patch columns of one image, before the 2×2 merge."""
@@ -54,7 +55,8 @@ class Record:
     """One source row with its images.
 
     *fields* holds the columns that the prompt asks for; *passed* is a table of one row with those
-    that the output repeats, which never become Python values.
+    that the output repeats, which never become Python values. A record that takes too much is left
+    empty by its source, and *oversize_bytes* says how much that was.
     """
 
     record_id: str
@@ -63,6 +65,7 @@ class Record:
     images: tuple[ImageRef, ...]
     fields: Mapping[str, Any]
     passed: "pa.Table | None" = field(default=None, repr=False, compare=False)
+    oversize_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ class Failure:
     chunk_id: str
     row: int
     stage: Stage
-    code: str
+    code: FailureCode
     message: str
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from glm4v_batch.engines import Engine, EngineEvent
+from glm4v_batch.errors import SourceError
 from glm4v_batch.output import Output
 from glm4v_batch.parts import Part
 from glm4v_batch.plan import Plan
@@ -29,15 +30,33 @@ def work(
 ) -> Generator[Part | Replaced | EngineEvent, None, None]:
     """Run *records* through the pipe; yield what the engine tells, and each part once it is durable.
 
-    Whoever stops at a result keeps it, and the part that it would complete, out of the output.
+    Whoever stops at a result keeps it, and the part that it would complete, out of the output. Where the
+    source cannot be read any further, what was read of it is done first.
     """
-    with closing(preprocess(records)) as requests:
+    readable = _UntilTrouble(records)
+    with closing(preprocess(readable)) as requests:
         for event in engine.run(requests):
             yield event
             if isinstance(event, (Completion, Failure)):
                 part = output.add(event)
                 if part is not None:
                     yield part
+    if readable.trouble is not None:
+        raise readable.trouble
+
+
+class _UntilTrouble:
+    """*items* as far as they can be read, and the *trouble* that ended them."""
+
+    def __init__(self, items: Iterable[tuple[Chunk, Record]]) -> None:
+        self._items = items
+        self.trouble: SourceError | None = None
+
+    def __iter__(self) -> Iterator[tuple[Chunk, Record]]:
+        try:
+            yield from self._items
+        except SourceError as error:
+            self.trouble = error
 
 
 def new_records(plan: Plan, chunks: Iterable[Chunk], output: Output) -> Iterator[Item]:

@@ -22,6 +22,7 @@ Origin = int | str
 
 MAX_FILE_BYTES = 1 << 20
 _MAX_DEPTH = 20
+_MAX_NODES = 10_000
 _TAG = "tag:yaml.org,2002:"
 _QUOTING_HINT = 'Text that holds ": " or " #", or begins with one of { [ * & ! % @, needs quotes around it.'
 
@@ -131,6 +132,7 @@ class _Loader(yaml.SafeLoader):
         ]
     }
     _depth = 0
+    _num_nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it bare
@@ -138,6 +140,10 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(None, None, "a job file uses no & or * aliases", event.start_mark)
         if self._depth == _MAX_DEPTH:
             problem = f"settings are nested more than {_MAX_DEPTH} deep"
+            raise yaml.MarkedYAMLError(None, None, problem, event.start_mark)
+        self._num_nodes += 1
+        if self._num_nodes > _MAX_NODES:
+            problem = f"a job file has no more than {_MAX_NODES:,} names and values"
             raise yaml.MarkedYAMLError(None, None, problem, event.start_mark)
         self._depth += 1
         node = super().compose_node(parent, index)

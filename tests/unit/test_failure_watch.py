@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm4v_batch.failure_codes import FailureCode
 from glm4v_batch.failure_watch import FailureWatch, TooManyFailed
 from glm4v_batch.job import LimitSettings
 from glm4v_batch.types import Chunk
@@ -48,7 +49,7 @@ def test_null_is_off() -> None:
 
 def test_the_verdict_counts_by_code_the_commonest_first() -> None:
     watch = FailureWatch(LimitSettings(failed_fraction=0.5, failed_window=10))
-    codes = ["image_missing"] * 3 + ["image_truncated"] * 7
+    codes: list[FailureCode] = ["image_missing" if row < 3 else "image_truncated" for row in range(10)]
 
     *_, found = [watch.add(failure(row, CHUNK, code)) for row, code in enumerate(codes)]
 

@@ -410,6 +410,39 @@ def test_url_is_never_followed(root: Path, path: str) -> None:
     assert code_of(lambda: read_path(path, root)) == ("read", "url_not_allowed")
 
 
+def test_path_that_turns_into_a_link_or_a_fifo_when_it_is_opened_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(root / "pipe")
+    (root / "link.jpg").symlink_to(root.parent / "secret.jpg")
+    # As if the look at the name had come before another stood there.
+    monkeypatch.setattr(Path, "resolve", lambda path: path)
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+
+    assert code_of(lambda: read_path("link.jpg", root)) == ("read", "image_missing")
+    assert code_of(lambda: read_path("pipe", root)) == ("read", "image_missing")
+
+
+def test_path_whose_folder_turns_into_a_link_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "inner").rmdir()
+    (root / "inner").symlink_to(root.parent)
+    looked = Path.resolve
+    monkeypatch.setattr(Path, "resolve", lambda path: path if path.name == "secret.jpg" else looked(path))
+
+    assert code_of(lambda: read_path("inner/secret.jpg", root)) == ("read", "path_outside_root")
+
+
+def test_a_failure_quotes_nothing_of_the_image() -> None:
+    broken = bytearray(encoded(noise("RGB", (40, 30)), "PNG"))
+    broken[37:41] = b"zzzz"  # the name of the chunk after the header
+
+    with pytest.raises(RecordError) as caught:
+        read(bytes(broken))
+
+    assert caught.value.code == "image_corrupt"
+    assert "zzzz" not in str(caught.value)
+
+
 def test_large_file_is_refused_unread(root: Path) -> None:
     with (root / "sparse.jpg").open("wb") as file:
         file.truncate(2**40)

@@ -67,7 +67,12 @@ def test_a_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
         },
         "prompt": {"system": None, "user": "Describe {title}."},
         "model": {"name": "data/tiny-glm4v", "revision": None, "dtype": "auto"},
-        "images": {"min_pixels": None, "max_pixels": None},
+        "images": {
+            "min_pixels": None,
+            "max_pixels": None,
+            "max_image_pixels": 50_000_000,
+            "max_image_bytes": 67_108_864,
+        },
         "generation": {
             "max_new_tokens": 64,
             "temperature": 0.0,
@@ -289,6 +294,7 @@ def test_the_names_of_part_columns_are_those_that_parts_have() -> None:
         ("a: &x 1\nb: *x\n", "line 1 is not readable as YAML: a job file uses no & or * aliases"),
         ("name: a\nb: \x07\n", "line 2 holds a control character"),
         ("name: a\n---\nname: b\n", "is not readable as YAML"),
+        ("a: 1\n" * 6000, "a job file has no more than 10,000 names and values"),
         ("[" * 30, "settings are nested more than 20 deep"),
         ("- a\n- b\n", "line 1: a job file is made of settings such as name: caption"),
         ("# nothing\n", "holds no settings."),

@@ -31,6 +31,8 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "model.name": ("other", False),  # its files' hashes count instead
     "model.revision": ("abc", False),
     "model.dtype": ("bfloat16", True),
+    "images.max_image_pixels": (1_000_000, False),
+    "images.max_image_bytes": (1_000_000, False),
     "images.min_pixels": (5000, True),
     "images.max_pixels": (50_000, True),
     "generation.max_new_tokens": (7, True),

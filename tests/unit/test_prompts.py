@@ -200,6 +200,18 @@ def test_prompt_that_leaves_no_room_for_the_answer_is_too_long() -> None:
     assert (caught.value.stage, caught.value.code) == ("render", "prompt_too_long")
 
 
+def test_megabytes_of_text_are_refused_without_being_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(_: object, text: str) -> list[int]:
+        raise AssertionError(f"{len(text)} characters were encoded")
+
+    monkeypatch.setattr(PromptRenderer, "_encode", encode)
+
+    with pytest.raises(RecordError, match="2,000,000 characters exceed") as caught:
+        RENDERER.render({"text": "a" * 2_000_000}, [1], 8)
+
+    assert (caught.value.stage, caught.value.code) == ("render", "prompt_too_long")
+
+
 def test_null_column_fails_the_record() -> None:
     with pytest.raises(RecordError) as caught:
         RENDERER.render({"text": None}, [1], 1)

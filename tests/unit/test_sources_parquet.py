@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from glm4v_batch.errors import JobError, RecordError, SourceError
 from glm4v_batch.job import ParquetSettings
-from glm4v_batch.sources import RecordColumns, Source, check_columns, cut, open_source
+from glm4v_batch.sources import RecordColumns, Source, check_columns, cut
+from glm4v_batch.sources.parquet import ParquetFiles, ParquetSource
 from glm4v_batch.templates import fill, parse_template
 from glm4v_batch.types import Chunk, ImageRef, Record
 
@@ -42,7 +43,9 @@ def write_rows(
 
 
 def opened(path: Path | str, *fields: str, **settings: Any) -> Source:
-    return open_source(ParquetSettings(kind="parquet", path=str(path), **settings), RecordColumns(fields))
+    """The source, with its files opened in this process."""
+    asked = ParquetSettings(kind="parquet", path=str(path), **settings), RecordColumns(fields)
+    return ParquetSource(ParquetFiles(*asked), *asked)
 
 
 def all_records(source: Source, rows_per_chunk: int = 7) -> list[Record]:
@@ -421,8 +424,10 @@ def test_memory_does_not_depend_on_the_size_of_a_row_group(tmp_path: Path) -> No
     code = (
         "import sys\n"
         "from glm4v_batch.job import ParquetSettings\n"
-        "from glm4v_batch.sources import RecordColumns, open_source\n"
-        "source = open_source(ParquetSettings(kind='parquet', path=sys.argv[1]), RecordColumns())\n"
+        "from glm4v_batch.sources import RecordColumns\n"
+        "from glm4v_batch.sources.parquet import ParquetFiles, ParquetSource\n"
+        "asked = ParquetSettings(kind='parquet', path=sys.argv[1]), RecordColumns()\n"
+        "source = ParquetSource(ParquetFiles(*asked), *asked)\n"
         "(shard,) = source.shards()\n"
         "for chunk in source.chunks(shard, [range(shard.num_rows)], 128):\n"
         "    for record in source.read(chunk):\n"

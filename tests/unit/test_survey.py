@@ -203,7 +203,7 @@ def test_records_without_a_request_are_counted_by_code(make_source: MakeSource) 
 def test_without_any_request_nothing_is_typical() -> None:
     found = surveyed(FakeSource({"a": 10}, with_title=()), [("a", range(10))])
 
-    assert found.failures == {"prompt_null_column": 10}
+    assert found.failures == {"prompt_missing_column": 10}
     assert found.typical is None
     assert found.largest is None
 

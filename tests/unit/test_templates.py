@@ -85,7 +85,7 @@ def test_text_and_numbers_are_filled_in(value: object, text: str) -> None:
 @pytest.mark.parametrize(
     ("value", "stage", "code"),
     [
-        (None, "render", "prompt_null_column"),
+        (None, "render", "prompt_missing_column"),
         ([1], "render", "prompt_column_type"),
         ({"a": 1}, "render", "prompt_column_type"),
         (b"bytes", "render", "prompt_column_type"),

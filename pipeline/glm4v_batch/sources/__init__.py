@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, assert_never
 
-from glm4v_batch.errors import JobError, SourceError
+from glm4v_batch.errors import JobError, SourceError, said_by, sanitise
 from glm4v_batch.job import DatasetSettings, ParquetSettings, SourceSettings
 from glm4v_batch.mistakes import suggest
 from glm4v_batch.types import Chunk, Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_COLUMNS_SHOWN = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,9 @@ def open_source(
     match settings:
         case ParquetSettings():
             from .parquet import ParquetSource
+            from .reader import Reader
 
-            return ParquetSource(settings, columns, own_output=own_output)
+            return ParquetSource(Reader(settings, columns, own_output), settings, columns)
         case DatasetSettings():
             from .dataset import open_dataset
 
@@ -97,7 +100,9 @@ def check_columns(source_columns: Sequence[str], asked: Mapping[str, Sequence[st
         if column not in source_columns
     ]
     if mistakes:
-        hint = f"The columns are: {', '.join(source_columns)}."
+        more = len(source_columns) - _COLUMNS_SHOWN
+        shown = [*source_columns[:_COLUMNS_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
+        hint = f"The columns are: {', '.join(shown)}."
         raise JobError("\n".join(mistakes), hint=hint)
 
 
@@ -166,5 +171,5 @@ def cut(gaps: Iterable[range], rows_per_chunk: int) -> Iterator[range]:
 
 
 def first_line(error: BaseException) -> str:
-    """What *error* says, in one line that fits into a message."""
-    return str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
+    """What *error* says, in one line that fits into a message and quotes nothing of the data."""
+    return sanitise(said_by(error, with_kind=False).split("\n")[0].rstrip("."))

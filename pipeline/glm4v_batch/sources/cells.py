@@ -1,7 +1,7 @@
 """From the cells of an Arrow table to records: what an image, an id and a text look like in a column."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -32,14 +32,18 @@ class Layout:
 
 
 def records(
-    batch: pa.RecordBatch | pa.Table, source: str, first_row: int, layout: Layout
+    batch: pa.RecordBatch | pa.Table, source: str, first_row: int, layout: Layout, oversize_bytes: int = 0
 ) -> Iterator[Record]:
-    """The rows of *batch*, the first of which is row *first_row* of the shard *source*."""
+    """The rows of *batch*, the first of which is row *first_row* of the shard *source*.
+
+    *oversize_bytes* says how much they took where their values were left out because of it.
+    """
     columns = {name: _python_values(batch.column(name)) for name in layout.looked_at}
     passed = _table(batch).select(list(layout.passed))
     for offset in range(batch.num_rows):
         values = {name: cells[offset] for name, cells in columns.items()}
-        yield _record(values, source, first_row + offset, layout, passed.slice(offset, 1))
+        record = _record(values, source, first_row + offset, layout, passed.slice(offset, 1))
+        yield replace(record, oversize_bytes=oversize_bytes) if oversize_bytes else record
 
 
 def _table(batch: pa.RecordBatch | pa.Table) -> pa.Table:

@@ -1,24 +1,27 @@
 """Records from Parquet files, streamed: memory depends on pages and batches, never on row groups.
 
-An open file is kept at its position, so that reading consecutive chunks decodes each page once.
+The files are opened in a process of their own (`reader`), because pyarrow can be made to crash and to
+take gigabytes by a file of some kilobytes. An open file is kept at its position, so that reading
+consecutive chunks decodes each page once.
 """
 
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from glm4v_batch.errors import JobError, SourceError
+from glm4v_batch.errors import JobError, SourceError, sanitise
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.types import Chunk, Record
 from glm4v_batch.units import format_bytes
@@ -32,6 +35,12 @@ _MAX_FOOTER_BYTES = 256 << 20
 _BUFFER_BYTES = 1 << 20
 _BATCH_BYTES = 8 << 20
 _MAX_BATCH_ROWS = 256
+_PIECE_BYTES = 8 << 20
+_LARGE_DICTIONARY_ROWS = 16
+# An image may have 64 MiB; there is more in a record than one.
+_MAX_RECORD_BYTES = 128 << 20
+_MAX_ID_BYTES = 1 << 10
+_HELD_CURSORS = 4
 _FOOTER_THREADS = 8
 
 # What no honest file does: compress a row group this far, to this much. Images do not compress,
@@ -42,25 +51,45 @@ _BLOCK_BYTES = 4096
 _SAMPLE_BLOCKS = 16
 
 
-class ParquetSource:
-    """The rows of all files that `source.path` finds, in the order of their paths."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbouring rows of a shard; or a single one of *oversize_bytes*, left without its values."""
 
-    def __init__(
-        self, settings: ParquetSettings, columns: RecordColumns, *, own_output: Path | None = None
-    ) -> None:
-        self._fs, found = _find(settings.path, own_output)
-        footers = _read_footers(self._fs, found)
-        self._files = {footer.shard.path: path for path, footer in zip(found.values(), footers, strict=True)}
-        self._shards = [footer.shard for footer in footers]
-        self._layout = Layout(settings.image, settings.id, columns.fields, columns.passed)
-        self.schema = _common_schema(footers, self._layout.columns, settings.image)
+    rows: pa.RecordBatch
+    oversize_bytes: int = 0
+
+
+class Files(Protocol):
+    """Opened Parquet files, in this process or another."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Every column of any file."""
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """One shard for each file, in the order of their paths."""
+
+    def piece(self, path: str, first_row: int, num_rows: int) -> Piece:
+        """Some of the *num_rows* rows of the shard *path* from *first_row* on, one at least.
+
+        Raises SourceError where they cannot be read.
+        """
+
+
+class ParquetSource:
+    """The rows of *files*, in the order of their paths."""
+
+    def __init__(self, files: Files, settings: ParquetSettings, columns: RecordColumns) -> None:
+        self._files = files
+        self._layout = layout_of(settings, columns)
+        self.schema = files.schema
         self.root = settings.root
         check_image_column(self.schema, settings.image)
-        self._cursor: _Cursor | None = None
 
     def shards(self) -> Sequence[Shard]:
         """One shard for each file."""
-        return self._shards
+        return self._files.shards
 
     def chunks(self, shard: Shard, gaps: Iterable[range], rows_per_chunk: int) -> Iterator[Chunk]:
         """The chunks that make up *gaps*."""
@@ -68,31 +97,87 @@ class ParquetSource:
             yield Chunk(shard.path, rows.start, len(rows))
 
     def read(self, chunk: Chunk) -> Iterator[Record]:
-        """The records of *chunk*, read on from where the last chunk ended if it begins there."""
-        # Taken away while in use: a second reader then opens a file of its own.
-        cursor, self._cursor = self._cursor, None
-        if cursor is None or (cursor.shard.path, cursor.next_row) != (chunk.source, chunk.first_row):
-            cursor = self._open_at(chunk)
-        for batch in cursor.take(chunk.num_rows):
-            yield from records(batch, chunk.source, cursor.next_row - batch.num_rows, self._layout)
+        """The records of *chunk*."""
+        row = chunk.first_row
+        while row < chunk.rows.stop:
+            piece = self._files.piece(chunk.source, row, chunk.rows.stop - row)
+            yield from records(piece.rows, chunk.source, row, self._layout, piece.oversize_bytes)
+            row += piece.rows.num_rows
+
+
+def layout_of(settings: ParquetSettings, columns: RecordColumns) -> Layout:
+    """Which columns make the records of *settings*."""
+    return Layout(settings.image, settings.id, columns.fields, columns.passed)
+
+
+class ParquetFiles:
+    """The files of *settings*, opened in this process, and where the last reads ended in them."""
+
+    def __init__(
+        self, settings: ParquetSettings, columns: RecordColumns, own_output: Path | None = None
+    ) -> None:
+        layout = layout_of(settings, columns)
+        self._fs, found = find_files(settings, own_output)
+        footers = _read_footers(self._fs, found)
+        self._paths = {footer.shard.path: path for path, footer in zip(found.values(), footers, strict=True)}
+        self._columns, self._id = layout.columns, layout.id
+        self.schema = _common_schema(footers, layout.columns, layout.image)
+        self.shards: Sequence[Shard] = [footer.shard for footer in footers]
+        self._cursors: OrderedDict[tuple[str, int], _Cursor] = OrderedDict()
+
+    def piece(self, path: str, first_row: int, num_rows: int) -> Piece:
+        """See `Files.piece`. Reads on from where an earlier call ended, if it ended there."""
+        cursor = self._cursors.pop((path, first_row), None) or self._open_at(path, first_row)
+        try:
+            rows = cursor.take(num_rows)
+        except _MemoryNeededError:
+            # Cells that are small in the file, and repeated, may be large in a batch.
+            cursor = self._open_at(path, first_row, most_rows=1)
+            rows = cursor.take(1)
+        self._keep(path, cursor)
+        return self._bounded(rows)
+
+    def _open_at(self, path: str, first_row: int, most_rows: int = _MAX_BATCH_ROWS) -> "_Cursor":
+        shard = next(shard for shard in self.shards if shard.path == path)
+        return _Cursor(self._fs, self._paths[path], shard, _Wanted(self._columns, first_row, most_rows))
+
+    def _keep(self, path: str, cursor: "_Cursor") -> None:
         # Pages of large images are freed one by one, and the allocator would keep them all.
         pa.default_memory_pool().release_unused()
         if cursor.next_row == cursor.shard.num_rows:
             cursor.close()
-        else:
-            self._cursor = cursor
+            return
+        self._cursors[path, cursor.next_row] = cursor
+        if len(self._cursors) > _HELD_CURSORS:
+            _, oldest = self._cursors.popitem(last=False)
+            oldest.close()
 
-    def _open_at(self, chunk: Chunk) -> "_Cursor":
-        shard = next(shard for shard in self._shards if shard.path == chunk.source)
-        return _Cursor(self._fs, self._files[shard.path], shard, self._layout.columns, chunk.first_row)
+    def _bounded(self, rows: pa.RecordBatch) -> Piece:
+        if rows.num_rows > 1 or rows.nbytes <= _MAX_RECORD_BYTES:
+            return Piece(rows)
+        emptied = [
+            column if name == self._id and column.nbytes <= _MAX_ID_BYTES else pa.nulls(1, column.type)
+            for name, column in zip(rows.schema.names, rows.columns, strict=True)
+        ]
+        nullable = pa.schema([field.with_nullable(True) for field in rows.schema])
+        return Piece(pa.record_batch(emptied, schema=nullable), rows.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a cursor reads: *columns* from *first_row* on, at most *most_rows* at once."""
+
+    columns: list[str]
+    first_row: int
+    most_rows: int
 
 
 class _Cursor:
     """An open file and the row that comes next."""
 
-    def __init__(self, fs: Any, path: str, shard: Shard, columns: list[str], first_row: int) -> None:
+    def __init__(self, fs: Any, path: str, shard: Shard, wanted: _Wanted) -> None:
         self.shard = shard
-        self.next_row = first_row
+        self.next_row = wanted.first_row
         footer = _read_footer(fs, path, shard.path)
         if footer.shard.identity != shard.identity:
             raise SourceError(f"{shard.path} has changed since this run began.")
@@ -105,24 +190,45 @@ class _Cursor:
                 pre_buffer=False,
                 page_checksum_verification=True,
             )
-        self._batches = _batches(file, shard.path, columns, first_row)
+        self._batches = _batches(file, shard.path, wanted)
         self._rest: pa.RecordBatch | None = None
 
-    def take(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        """The next *num_rows* rows; `next_row` stands behind each batch when it is handed out."""
-        while num_rows:
-            batch = next(self._batches, None) if self._rest is None else self._rest
-            if batch is None:
-                raise SourceError(f"{self.shard.path} ends at row {self.next_row}, before its footer says.")
-            piece, rest = batch.slice(0, num_rows), batch.slice(num_rows)
-            self._rest = rest if rest.num_rows else None
-            self.next_row += piece.num_rows
-            num_rows -= piece.num_rows
-            yield piece
+    def take(self, num_rows: int) -> pa.RecordBatch:
+        """The next rows, one at least: no more than *num_rows*, and no more than fit into a piece."""
+        batch = next(self._batches, None) if self._rest is None else self._rest
+        if batch is None:
+            raise SourceError(
+                f"{self.shard.path} ends at row {self.next_row}, before its footer says.", hint=_REPLACE
+            )
+        piece = _fitting(batch.slice(0, num_rows))
+        rest = batch.slice(piece.num_rows)
+        self._rest = rest if rest.num_rows else None
+        self.next_row += piece.num_rows
+        return piece
 
     def close(self) -> None:
         """Let go of the file."""
         self._opened.close()
+
+
+def _fitting(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """As many of the first *rows* as fit into a piece, or one."""
+    schema = rows.schema
+    if any(_is_dictionary(column) and column.dictionary.nbytes > _PIECE_BYTES for column in rows.columns):
+        # Each slice of such a column would carry all of the dictionary.
+        rows = _decoded(rows.slice(0, _LARGE_DICTIONARY_ROWS))
+    while rows.num_rows > 1 and rows.nbytes > _PIECE_BYTES:
+        rows = rows.slice(0, rows.num_rows // 2)
+    return rows if rows.schema == schema else rows.cast(schema)
+
+
+def _decoded(rows: pa.RecordBatch) -> pa.RecordBatch:
+    columns = [column.dictionary_decode() if _is_dictionary(column) else column for column in rows.columns]
+    return pa.record_batch(columns, names=rows.schema.names)
+
+
+def _is_dictionary(column: pa.Array) -> bool:
+    return bool(pa.types.is_dictionary(column.type))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +242,17 @@ class _UnreadableError(Exception):
     """Why a file is no readable Parquet file."""
 
 
-def _batches(
-    file: pq.ParquetFile, shard: str, columns: list[str], first_row: int
-) -> Iterator[pa.RecordBatch]:
-    """The rows from *first_row* on; whole row groups before it are skipped unread."""
-    skip = first_row
+class _MemoryNeededError(SourceError):
+    """Reading needs more memory than there is."""
+
+
+def _batches(file: pq.ParquetFile, shard: str, wanted: _Wanted) -> Iterator[pa.RecordBatch]:
+    """The rows from the first wanted one on; whole row groups before it are skipped unread."""
+    skip = wanted.first_row
     for group in range(file.metadata.num_row_groups):
         num_rows = file.metadata.row_group(group).num_rows
         if skip < num_rows:
-            batches = _group_batches(file, group, columns)
+            batches = _group_batches(file, group, wanted)
             yield from _skipped(_guarded(batches, shard, f"row group {group}"), skip)
         skip = max(0, skip - num_rows)
 
@@ -158,22 +266,27 @@ def _guarded(batches: Iterator[pa.RecordBatch], shard: str, where: str) -> Itera
         yield batch
 
 
-def _group_batches(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _group_batches(file: pq.ParquetFile, group: int, wanted: _Wanted) -> Iterator[pa.RecordBatch]:
     num_rows = file.metadata.row_group(group).num_rows
-    declared_bytes, stored_bytes = _sizes(file.metadata.row_group(group), columns)
+    declared_bytes, stored_bytes = _sizes(file.metadata.row_group(group), wanted.columns)
     if declared_bytes > max(_BOMB_BYTES, _BOMB_RATIO * stored_bytes):
         raise _UnreadableError(
             f"it unpacks from {format_bytes(stored_bytes)} to {format_bytes(declared_bytes)}, "
             "which no image file does"
         )
-    rows = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * num_rows // max(1, declared_bytes)))
-    yield from file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
+    rows = max(1, min(wanted.most_rows, _BATCH_BYTES * num_rows // max(1, declared_bytes)))
+    for batch in file.iter_batches(rows, row_groups=[group], columns=wanted.columns, use_threads=False):
+        if missing := set(wanted.columns) - set(batch.schema.names):
+            raise _UnreadableError(f"it has no column {missing.pop()} where its footer says")
+        yield batch.select(wanted.columns)
 
 
 def _sizes(group: pq.RowGroupMetaData, columns: list[str]) -> tuple[int, int]:
     """Bytes of *columns* unpacked and stored."""
     chunks = [group.column(index) for index in range(group.num_columns)]
     needed = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    if any(min(chunk.total_uncompressed_size, chunk.total_compressed_size) < 0 for chunk in needed):
+        raise _UnreadableError("it claims columns of less than no bytes")
     return (
         sum(chunk.total_uncompressed_size for chunk in needed),
         sum(chunk.total_compressed_size for chunk in needed),
@@ -187,15 +300,21 @@ def _skipped(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.Re
         num_rows = max(0, num_rows - batch.num_rows)
 
 
+# ValueError and LookupError: names that are not UTF-8, and those that two places spell differently.
+_UNREADABLE = (OSError, ValueError, LookupError, ArithmeticError, pa.ArrowException, _UnreadableError)
+_REPLACE = "Replace the file, or move it away to go on with the others. What is committed stays."
+
+
 @contextmanager
 def _reading(shard: str, where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException, _UnreadableError) as error:
-        raise SourceError(
-            f"{shard} cannot be read in {where}: {first_line(error)}.",
-            hint="Replace the file. What is committed stays.",
+    except MemoryError:
+        raise _MemoryNeededError(
+            f"{shard} cannot be read in {where}: that takes more memory than a file may.", hint=_REPLACE
         ) from None
+    except _UNREADABLE as error:
+        raise SourceError(f"{shard} cannot be read in {where}: {first_line(error)}.", hint=_REPLACE) from None
 
 
 def _open(fs: Any, path: str) -> Any:
@@ -203,11 +322,13 @@ def _open(fs: Any, path: str) -> Any:
     return pa.OSFile(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
 
 
-def _find(pattern: str, own_output: Path | None) -> tuple[Any, dict[str, str]]:
-    """The file system of *pattern*, and the files it finds there by the name that we call them.
+def find_files(settings: ParquetSettings, own_output: Path | None) -> tuple[Any, dict[str, str]]:
+    """The file system of `source.path`, and the files it finds there by the name that we call them.
 
-    Parts of *own_output* do not count: an output below its source would feed on itself.
+    Parts of *own_output* do not count: an output below its source would feed on itself. Raises
+    JobError for a path of no known kind, SourceError where there is nothing.
     """
+    pattern = settings.path
     try:
         fs, path = fsspec.url_to_fs(pattern)
     except (ValueError, ImportError) as error:
@@ -223,7 +344,14 @@ def _find(pattern: str, own_output: Path | None) -> tuple[Any, dict[str, str]]:
             "current folder.",
         )
     named = {_name(fs, file, pattern): file for file in found}
+    unnamed = [name for name in named if not _is_text(name)]
+    refuse([f"  {sanitise(name)} has a name that is not UTF-8: rename it" for name in unnamed])
     return fs, dict(sorted(named.items()))
+
+
+def _is_text(name: str) -> bool:
+    # Python stands in half a surrogate pair for a byte of a file's name that is no text.
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _is_below(fs: Any, file: str, folder: Path | None) -> bool:
@@ -241,7 +369,9 @@ def _expand(fs: Any, path: str) -> list[str]:
     below = [
         (file, PurePosixPath(file[len(path) :]).parts) for file in fs.glob(f"{path.rstrip('/')}/**/*.parquet")
     ]
-    return [file for file, parts in below if not any(part.startswith((".", "_")) for part in parts)]
+    visible = (file for file, parts in below if not any(part.startswith((".", "_")) for part in parts))
+    # Opening a FIFO would hang. Elsewhere there are only files, and asking for each costs a round trip.
+    return [file for file in visible if not isinstance(fs, LocalFileSystem) or fs.isfile(file)]
 
 
 def _name(fs: Any, path: str, pattern: str) -> str:
@@ -254,10 +384,20 @@ def _name(fs: Any, path: str, pattern: str) -> str:
 def _read_footers(fs: Any, found: dict[str, str]) -> list[_Footer]:
     with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
         read = list(threads.map(partial(_footer_or_fault, fs), found.values(), found.keys()))
-    faults = [fault for fault in read if isinstance(fault, str)]
-    if faults:
-        raise SourceError("\n".join(["These files cannot be read as Parquet:", *faults]))
+    refuse([fault for fault in read if isinstance(fault, str)])
     return [footer for footer in read if isinstance(footer, _Footer)]
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raise one SourceError for the *faults* of all files, where there are any."""
+    if faults:
+        raise SourceError("\n".join(["These files cannot be read as Parquet:", *faults]), hint=_REPLACE)
+
+
+def fault_of(fs: Any, path: str, name: str) -> str | None:
+    """What is wrong with the footer of the file *path*, called *name*; None where nothing is."""
+    read = _footer_or_fault(fs, path, name)
+    return read if isinstance(read, str) else None
 
 
 def _footer_or_fault(fs: Any, path: str, name: str) -> _Footer | str:

@@ -1,0 +1,222 @@
+"""Parquet files in a process of their own: one that crashes, hangs or eats memory costs the file's name.
+
+Each request stands for itself, so that a process that was lost is replaced and asked the same again.
+A file over which it dies again and again stops the run: damage must not turn its rows into failed ones.
+"""
+
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+
+from glm4v_batch.child import Child
+from glm4v_batch.confinement import be_silent, forbid_files, limit_memory
+from glm4v_batch.errors import Glm4vBatchError, SourceError
+from glm4v_batch.job import ParquetSettings
+
+from . import RecordColumns, Shard
+from .parquet import Files, ParquetFiles, Piece, fault_of, find_files, refuse
+
+_MEMORY_BYTES = 2 * 1024**3
+_OPEN_SECONDS = 3600.0
+_ANSWER_SECONDS = 300.0
+_DEATHS = 2
+_KILLS = 5  # from outside, which speaks of the machine and not of the file
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """Asks for schema and shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class _List:
+    """Asks for the names of the files."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """Asks what is wrong with the footer of one file."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Asks for a piece."""
+
+    path: str
+    first_row: int
+    num_rows: int
+
+
+_Request = _Open | _List | _Check | _Rows
+OpenFiles = Callable[[ParquetSettings, RecordColumns, Path | None], Files]
+
+
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """What the process is started with. *folder* is what relative paths are relative to."""
+
+    settings: ParquetSettings
+    columns: RecordColumns
+    own_output: Path | None
+    folder: str
+    open_files: "OpenFiles"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bug:
+    """The traceback of an error that nobody expected."""
+
+    trace: str
+
+
+class _LostError(Exception):
+    """The process died or hung over a request, every time that it was asked."""
+
+
+class Reader:
+    """The files of *settings*, opened in another process; see `parquet.Files`.
+
+    *open_files* must be importable there. Raises what it raises, and SourceError for files that kill
+    their reader.
+    """
+
+    def __init__(
+        self,
+        settings: ParquetSettings,
+        columns: RecordColumns,
+        own_output: Path | None = None,
+        open_files: "OpenFiles" = ParquetFiles,
+    ) -> None:
+        self._setup = _Setup(settings, columns, own_output, str(Path.cwd()), open_files)
+        self._child: Child | None = None
+        self.schema, self.shards = self._open()
+
+    def piece(self, path: str, first_row: int, num_rows: int) -> Piece:
+        """See `parquet.Files.piece`."""
+        try:
+            stream, oversize_bytes = self._ask(_Rows(path, first_row, num_rows), _ANSWER_SECONDS)
+        except _LostError as lost:
+            raise SourceError(
+                f"{path} cannot be read at row {first_row}: {lost}.",
+                hint="Replace the file, or move it away to go on with the others. What is committed stays.",
+            ) from None
+        return Piece(pa.ipc.open_stream(stream).read_next_batch(), oversize_bytes)
+
+    def _open(self) -> tuple[pa.Schema, Sequence[Shard]]:
+        try:
+            return cast(tuple[pa.Schema, Sequence[Shard]], self._ask(_Open(), _OPEN_SECONDS))
+        except _LostError as lost:
+            refuse([fault for name in self._ask(_List(), _OPEN_SECONDS) if (fault := self._fault(name))])
+            raise SourceError(f"{self._setup.settings.path} cannot be read: {lost}.") from None
+
+    def _fault(self, name: str) -> str | None:
+        try:
+            return cast(str | None, self._ask(_Check(name), _ANSWER_SECONDS))
+        except _LostError as lost:
+            return f"  {name} cannot be read in its footer: {lost}."
+
+    def _ask(self, request: _Request, patience_seconds: float) -> Any:
+        """The process's answer. Raises _LostError where it dies or hangs over *request* again and again."""
+        num_deaths = num_kills = 0
+        while True:
+            child = self._child = self._child or Child(_serve, self._setup, name="glm4v-reader")
+            try:
+                return _unpacked(_answer(child, request, patience_seconds))
+            except TimeoutError:
+                how, was_killed = f"it did not answer within {patience_seconds:g} s", False
+                child.end(grace_seconds=0)
+            except (EOFError, OSError):
+                end = child.end(grace_seconds=1)
+                how, was_killed = f"it died by {end}", end.was_killed
+            self._child = None
+            num_kills += was_killed
+            num_deaths += not was_killed
+            if num_deaths == _DEATHS or num_kills == _KILLS:
+                raise _LostError(f"its reader was lost {num_deaths + num_kills} times, at last {how}")
+
+
+def _answer(child: Child, request: _Request, patience_seconds: float) -> bytes:
+    """What *child* sends back. Raises EOFError or OSError where it has died, TimeoutError where it hangs."""
+    child.pipe.send(request)
+    if not child.pipe.poll(patience_seconds):
+        raise TimeoutError
+    return child.pipe.recv_bytes()
+
+
+def _unpacked(answer: bytes) -> Any:
+    content = pickle.loads(answer)  # noqa: S301  from our own process
+    if isinstance(content, Glm4vBatchError):
+        raise content
+    if isinstance(content, _Bug):
+        raise RuntimeError(f"reading the source failed:\n{content.trace}")
+    return content
+
+
+def _serve(pipe: Connection, setup: _Setup) -> None:
+    """The process: answer requests until the driver closes the pipe."""
+    os.chdir(setup.folder)
+    be_silent()
+    forbid_files()
+    limit_memory(_MEMORY_BYTES)
+    service = _Service(setup)
+    with suppress(EOFError, OSError):  # the driver is gone, or has closed the pipe
+        while True:
+            pipe.send_bytes(pickle.dumps(service.answer(pipe.recv()), protocol=5))
+
+
+class _Service:
+    """Answers requests; it owns the opened files."""
+
+    def __init__(self, setup: _Setup) -> None:
+        self._setup = setup
+        self._files: Files | None = None
+
+    def answer(self, request: _Request) -> Any:
+        """The answer to *request*, or the error that it met."""
+        try:
+            return self._answer(request)
+        except Glm4vBatchError as error:  # the driver raises it
+            return error
+        except Exception:  # the border of the process: the driver shows it
+            return _Bug(traceback.format_exc())
+
+    def _answer(self, request: _Request) -> Any:
+        match request:
+            case _Open():
+                files = self._opened()
+                return files.schema, files.shards
+            case _List():
+                return list(self._found()[1])
+            case _Check(name):
+                fs, found = self._found()
+                return fault_of(fs, found[name], name)
+            case _Rows(path, first_row, num_rows):
+                piece = self._opened().piece(path, first_row, num_rows)
+                return _as_stream(piece.rows), piece.oversize_bytes
+
+    def _found(self) -> tuple[Any, dict[str, str]]:
+        return find_files(self._setup.settings, self._setup.own_output)
+
+    def _opened(self) -> Files:
+        if self._files is None:
+            setup = self._setup
+            self._files = setup.open_files(setup.settings, setup.columns, setup.own_output)
+        return self._files
+
+
+def _as_stream(rows: pa.RecordBatch) -> bytes:
+    # Unlike a pickled slice this holds no more than its own rows.
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_batch(rows)
+    return cast(bytes, sink.getvalue().to_pybytes())
