@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from glm4v_batch.asked import Asked
 from glm4v_batch.executor import Event, Outcome
 from glm4v_batch.executor import run as run_job
 from glm4v_batch.job import read_job
@@ -36,9 +37,9 @@ def _tell(event: Event) -> None:
 
 
 def main() -> None:
-    """Run the job file of the first argument, with the setting of the third."""
-    opened = open_job(read_job(Path(sys.argv[1]), sys.argv[3:]))
-    for event in run_job(opened):
+    """Run the job file of the first argument, with the setting of the third and those of the environment."""
+    opened = open_job(read_job(Path(sys.argv[1]), [*sys.argv[3:], *os.environ.get("FAULT_SETS", "").split()]))
+    for event in run_job(opened, Asked(redo_changed="FAULT_REDOES" in os.environ)):
         _tell(event)
 
 

@@ -14,8 +14,10 @@ from tests.faults.harness import Scene, is_part, sampled
 from tests.faults.test_kill import violations_of_second_writer
 from tests.faults.test_power_loss import (
     broken_promises,
+    doubled_rows,
     killed_at,
     number_after,
+    redoing,
     replacing,
     uninterrupted,
 )
@@ -46,6 +48,7 @@ MUTANTS = [
     Mutant("durable", "publish", "os.link(temporary, final)", "second writer", "os.rename(temporary, final)"),
     Mutant("parts", "commit", "sync_folder(folder)", "power loss"),
     Mutant("parts", "replace", "sync_folder(folder)", "power loss while replacing"),
+    Mutant("changes", "take_away", "sync_folder(lock.folder)", "power loss while redoing"),
     Mutant("output", "locked", "sync_parent(folder)", "power loss after a kill at a folder"),
     Mutant("output", "locked", "sync_folder(folder)", "power loss after a kill at a link"),
 ]
@@ -86,6 +89,8 @@ def harm_of(scene: Scene, test: str, monkeypatch: pytest.MonkeyPatch) -> list[st
         case "second writer":
             link = number_after(scene, lambda operation: is_part(operation.other)) - 1
             return violations_of_second_writer(scene, link, None)
+        case "power loss while redoing":
+            return sorted({*chain(*map(doubled_rows, redoing(scene, monkeypatch)))})
         case "power loss while replacing":
             history = replacing(scene, monkeypatch)
         case "power loss after a kill at a folder":

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,6 +62,20 @@ def replacing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[State]:
     return states(disk, [*first, *record(scene, disk)])
 
 
+def redoing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[State]:
+    """A finished job, one of whose sources changes and is done again, in parts of another size."""
+    source, disk = scene.folder / "changing", scene.disk("redoing")
+    shutil.copytree(scene.folder / "source", source)
+    with monkeypatch.context() as patched:
+        patched.setenv("FAULT_SETS", f"source.path={source}/*.parquet")
+        first = record(scene, disk)
+        shutil.copy(source / "shard-1.parquet", source / "shard-0.parquet")
+        patched.setenv("FAULT_SETS", f"source.path={source}/*.parquet output.rows_per_part=3")
+        patched.setenv("FAULT_REDOES", "1")
+        second = record(scene, disk)
+    return states(disk, [*first, *second])
+
+
 def states(root: Path, operations: Sequence[Operation]) -> Iterator[State]:
     """Each state of *root* that a power loss could leave after any of *operations*."""
     disk = Disk(root)
@@ -92,6 +106,22 @@ def broken_promises(state: State) -> Iterator[str]:
             yield f"{path.name} was called committed and is not there"
 
 
+def doubled_rows(state: State) -> Iterator[str]:
+    """Rows that stand in two parts of *state* (I2)."""
+    parts = {path: places_in(data or b"") for path, data in state.tree.items() if is_part(path)}
+    for (one, places), (other, others) in combinations(sorted(parts.items()), 2):
+        if places & others:
+            yield f"{one.name} and {other.name} hold the same rows"
+
+
+@cache
+def places_in(data: bytes) -> frozenset[tuple[str, int]]:
+    if not is_whole(data):
+        return frozenset()
+    table = pq.read_table(io.BytesIO(data), columns=["source", "row"])
+    return frozenset(zip(table["source"].to_pylist(), table["row"].to_pylist(), strict=True))
+
+
 @cache
 def is_whole(data: bytes) -> bool:
     try:
@@ -113,6 +143,14 @@ def test_nothing_that_was_called_committed_is_lost_with_the_power(
     found = [list(broken_promises(state)) for history in histories for state in history]
 
     judge("F2, power loss after every change of the disk", len(found), sorted({*chain(*found)}))
+
+
+def test_old_and_new_rows_of_a_changed_source_never_stand_side_by_side(
+    scene: Scene, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [list(doubled_rows(state)) for state in redoing(scene, monkeypatch)]
+
+    judge("F2, power loss while a changed source is redone", len(found), sorted({*chain(*found)}))
 
 
 def number_after(scene: Scene, is_meant: Callable[[Operation], bool]) -> int:
