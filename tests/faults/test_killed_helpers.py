@@ -41,7 +41,9 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("name", ["glm4v-reader", "forkserver", *(["glm4v-decoder", ""] if WANTS_ALL else [])])
+@pytest.mark.parametrize(
+    "name", ["glm4v-reader", "forkserver", *(["glm4v-decoder", ""] if WANTS_ALL else [])]
+)
 def test_a_run_outlives_the_death_of_any_helper_and_fails_no_record(
     tmp_path: Path, make_source: MakeSource, name: str
 ) -> None:
