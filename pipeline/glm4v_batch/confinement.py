@@ -24,8 +24,12 @@ def limit_memory(num_bytes: int) -> None:
 
 
 def forbid_files() -> None:
-    """Let this process write no file and leave no core, which would hold the record and the memory."""
+    """Let this process write no file. Python ignores the signal that comes with it: writing fails."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def leave_no_core() -> None:
+    """Let this process leave no core when it crashes, which would hold records and all else in its memory."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -24,7 +24,14 @@ import numpy as np
 
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.child import Child, End
-from glm4v_batch.confinement import allow_cpu, be_silent, forbid_files, forget_environment, limit_memory
+from glm4v_batch.confinement import (
+    allow_cpu,
+    be_silent,
+    forbid_files,
+    forget_environment,
+    leave_no_core,
+    limit_memory,
+)
 from glm4v_batch.errors import Glm4vBatchError, RecordError, place_of, sanitise
 from glm4v_batch.failure_codes import FailureCode, Stage
 from glm4v_batch.images import ImageLimits, ImagePatches, read_image, visual_tokens, with_pixel_limits
@@ -403,6 +410,7 @@ def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) ->
         return
     be_silent()
     forbid_files()
+    leave_no_core()
     limit_memory(settings.worker_memory_bytes)
     pipe.send(_READY)
     with suppress(EOFError, OSError):  # the driver is gone, or has closed the pipe

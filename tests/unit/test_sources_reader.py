@@ -42,6 +42,13 @@ def write(path: Path, images: list[bytes], **columns: Any) -> Path:
     return path
 
 
+class Unlistable(ParquetFiles):
+    """Files that crash whoever opens them, and even whoever looks at a single one."""
+
+    def __init__(self, asked: ParquetSettings, columns: RecordColumns, own_output: Path | None) -> None:
+        os.abort()
+
+
 class Poisoned(ParquetFiles):
     """Opened files, of which those with a telling name do to their reader what the name says."""
 
@@ -117,6 +124,13 @@ def test_files_whose_footers_cannot_be_told_apart_are_refused_together(tmp_path:
 
     with pytest.raises(SourceError, match="cannot be read: its reader was lost 2 times"):
         poisoned(tmp_path)
+
+
+def test_files_that_nobody_can_open_are_refused_and_the_reader_not_asked_for_ever(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [b"x"])
+
+    with pytest.raises(SourceError, match=r"its reader was lost 2 times, at last it died by signal 6"):
+        Reader(settings(tmp_path), RecordColumns(), open_files=Unlistable)
 
 
 def test_a_bug_in_the_reader_shows_its_traceback(tmp_path: Path) -> None:

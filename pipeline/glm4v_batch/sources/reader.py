@@ -17,7 +17,7 @@ from typing import Any, cast
 import pyarrow as pa
 
 from glm4v_batch.child import Child
-from glm4v_batch.confinement import be_silent, forbid_files, limit_memory
+from glm4v_batch.confinement import be_silent, leave_no_core, limit_memory
 from glm4v_batch.errors import Glm4vBatchError, SourceError
 from glm4v_batch.job import ParquetSettings
 
@@ -116,8 +116,16 @@ class Reader:
         try:
             return cast(tuple[pa.Schema, Sequence[Shard]], self._ask(_Open(), _OPEN_SECONDS))
         except _LostError as lost:
-            refuse([fault for name in self._ask(_List(), _OPEN_SECONDS) if (fault := self._fault(name))])
+            refuse(self._faults())
             raise SourceError(f"{self._setup.settings.path} cannot be read: {lost}.") from None
+
+    def _faults(self) -> list[str]:
+        """What is wrong with each file by itself, where they can be listed at all."""
+        try:
+            names: Sequence[str] = self._ask(_List(), _OPEN_SECONDS)
+        except _LostError:
+            return []
+        return [fault for name in names if (fault := self._fault(name))]
 
     def _fault(self, name: str) -> str | None:
         try:
@@ -166,7 +174,7 @@ def _serve(pipe: Connection, setup: _Setup) -> None:
     """The process: answer requests until the driver closes the pipe."""
     os.chdir(setup.folder)
     be_silent()
-    forbid_files()
+    leave_no_core()
     limit_memory(_MEMORY_BYTES)
     service = _Service(setup)
     with suppress(EOFError, OSError):  # the driver is gone, or has closed the pipe
