@@ -251,8 +251,8 @@ def test_each_mistake_is_told_in_the_users_words(tmp_path: Path, old: str, new: 
             "batching.echo_replicas has an effect only with batching.engine: echo",
         ),
         (
-            "batching: {engine: packed}",
-            "batching.engine must be auto, generate or echo in this version, not packed",
+            "batching: {engine: vllm}",
+            "batching.engine must be auto, packed, generate or echo in this version, not vllm",
         ),
         (
             "batching: {echo_seconds: 1}",
