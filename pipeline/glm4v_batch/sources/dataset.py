@@ -237,7 +237,7 @@ def _loading(datasets: ModuleType, settings: DatasetSettings) -> Iterator[None]:
     except (OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise SourceError(f"{what} cannot be loaded: {first_line(error)}.") from None
     except ValueError as error:  # an unknown configuration or split
-        raise JobError(f"{what} cannot be loaded: {first_line(error)}.") from None
+        raise JobError(f"{what} cannot be loaded: {first_line(error, with_quotes=True)}.") from None
 
 
 @contextmanager
