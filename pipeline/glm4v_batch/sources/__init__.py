@@ -170,6 +170,10 @@ def cut(gaps: Iterable[range], rows_per_chunk: int) -> Iterator[range]:
             start = stop
 
 
-def first_line(error: BaseException) -> str:
-    """What *error* says, in one line that fits into a message and quotes nothing of the data."""
-    return sanitise(said_by(error, with_kind=False).split("\n")[0].rstrip("."))
+def first_line(error: BaseException, *, with_quotes: bool = False) -> str:
+    """What *error* says, in one line that fits into a message.
+
+    It quotes nothing of the data, unless *with_quotes* says that it can only quote the job.
+    """
+    said = str(error).strip() if with_quotes else said_by(error, with_kind=False)
+    return sanitise(said.split("\n")[0].rstrip(".") or type(error).__name__)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from glm4v_batch.errors import JobError, SourceError, sanitise
+from glm4v_batch.errors import JobError, SourceError
 from glm4v_batch.job import DatasetSettings
 from glm4v_batch.types import Chunk, Record
 
@@ -236,10 +236,8 @@ def _loading(datasets: ModuleType, settings: DatasetSettings) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise SourceError(f"{what} cannot be loaded: {first_line(error)}.") from None
-    except ValueError as error:
-        # An unknown configuration or split: what the library quotes is the job, and what there is instead.
-        said = sanitise(str(error).split("\n")[0].rstrip("."))
-        raise JobError(f"{what} cannot be loaded: {said}.") from None
+    except ValueError as error:  # an unknown configuration or split
+        raise JobError(f"{what} cannot be loaded: {first_line(error, with_quotes=True)}.") from None
 
 
 @contextmanager
