@@ -8,6 +8,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ class Child:
         theirs.close()  # or the child's death would not end the pipe
         # At exit multiprocessing asks daemons to end by SIGTERM, which they ignore, and waits for them.
         Finalize(self, self._process.kill, exitpriority=10)
-        self._outbox: SimpleQueue[bytes] = SimpleQueue()
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
 
     @property
@@ -76,10 +77,18 @@ class Child:
             self._writer.start()
 
     def _write(self) -> None:
-        # Its end is noticed where its pipe is read. A pipe that closes within a write has no handle (None).
-        with suppress(OSError, TypeError):
-            while True:
-                self.pipe.send_bytes(self._outbox.get())
+        with suppress(OSError):  # its end is noticed where its pipe is read
+            while (message := self._outbox.get()) is not None:
+                self.pipe.send_bytes(message)
+
+    def _end_writer(self) -> None:
+        """Have nothing written any more: the pipe's number, once it is closed, may be the next child's."""
+        if self._writer is None:
+            return
+        with suppress(OSError), socket.socket(fileno=os.dup(self.pipe.fileno())) as pipe:
+            pipe.shutdown(socket.SHUT_RDWR)  # it may be full, and held by others than the process
+        self._outbox.put(None)
+        self._writer.join()
 
     def kill(self) -> None:
         """Kill the process; whoever waits at its pipe meets the end of it."""
@@ -90,6 +99,7 @@ class Child:
         self._process.join(grace_seconds)  # of one that is dying, its own exit code says more than our kill
         self.kill()
         self._process.join()
+        self._end_writer()
         self.pipe.close()
         return End(self._process.exitcode or 0)
 

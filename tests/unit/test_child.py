@@ -1,12 +1,17 @@
-"""Child processes: what a terminal sends to the whole group reaches none of their helpers."""
+"""Child processes: their helpers outlive a terminal's signals, and nothing of an ended one is left."""
 
+import os
 import signal
 import subprocess
 import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT
+from glm4v_batch.child import Child
+from tests.e2e.command import ROOT
 
 TWICE = """
 import os, signal, sys, time
@@ -31,3 +36,52 @@ def test_a_signal_to_the_group_leaves_the_helpers_of_multiprocessing_alive(numbe
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_still_being_written_to_an_ended_child_goes_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = Child(print, name="child")
+    child.pipe.poll(None)  # until it has ended
+    number = child.pipe.fileno()
+    is_writing, is_resumed, is_written = threading.Event(), threading.Event(), threading.Event()
+
+    def write_late(message: bytes) -> None:
+        is_writing.set()
+        is_resumed.wait(1)  # the kernel may let a thread wait for as long, just before it writes
+        try:
+            os.write(number, message)
+        finally:
+            is_written.set()
+
+    monkeypatch.setattr(child.pipe, "send_bytes", write_late)
+    child.post(b"for this child")
+    is_writing.wait()
+
+    child.end(grace_seconds=30)
+
+    with (tmp_path / "next").open("wb") as opened_next:
+        os.dup2(opened_next.fileno(), number)
+        is_resumed.set()
+        is_written.wait()
+    os.closerange(number, number + 1)  # which may be closed already
+    assert (tmp_path / "next").read_bytes() == b""
+
+
+def test_ending_a_child_ends_its_writing_though_others_hold_the_pipe() -> None:
+    before = {*threading.enumerate()}
+    child = Child(leave_a_holder, name="child")
+    holder = child.pipe.recv()
+    child.post(bytes(16 * 1024**2))  # more than a pipe takes
+
+    child.end(grace_seconds=30)
+
+    is_held = any(Path(f"/proc/{holder}/fd").iterdir())
+    os.kill(holder, signal.SIGKILL)
+    assert is_held
+    assert {*threading.enumerate()} <= before
+
+
+def leave_a_holder(pipe: Connection) -> None:
+    holder = subprocess.Popen(["sleep", "60"], pass_fds=[pipe.fileno()])
+    pipe.send(holder.pid)

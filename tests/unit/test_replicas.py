@@ -162,7 +162,7 @@ def test_a_replica_that_only_ever_dies_is_given_up_and_fails_no_record(tmp_path:
 
 
 def test_replicas_that_cannot_load_do_not_stop_one_that_loads_slowly(tmp_path: Path) -> None:
-    slow = Script(tmp_path, "good", loading="takes a second")
+    slow = Script(tmp_path, "good", loading="waits for nine deaths")
     broken = [Script(tmp_path, name, loading="dies") for name in "bcd"]
 
     events = run([slow, *broken], 20)
