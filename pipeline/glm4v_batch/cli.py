@@ -1,7 +1,6 @@
 """The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
 
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -128,9 +127,13 @@ def _asked(command: _Command) -> _Command:
 
 
 def _codes(_ctx: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> frozenset[str] | None:
+    from glm4v_batch.failure_codes import FAILURE_KINDS
+    from glm4v_batch.mistakes import suggest
+
     for code in given:
-        if not re.fullmatch("[a-z][a-z0-9_]*", code):
-            raise click.BadParameter(f"{code} is no error code. Put JOB first, or write --retry-failed=CODE.")
+        if code != _ANY_CODE and code not in FAILURE_KINDS:
+            guess = suggest(code, [*FAILURE_KINDS]) or ". Put JOB first, or write --retry-failed=CODE."
+            raise click.BadParameter(f"{code} is no failure code{guess}")
     if not given:
         return None
     return frozenset() if _ANY_CODE in given else frozenset(given)

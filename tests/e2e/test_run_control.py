@@ -211,7 +211,7 @@ def test_failed_rows_are_retried_from_the_command_line(tmp_path: Path, make_sour
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--retry-failed", "jobs/x.yaml"], "is no error code"),
+        (["--retry-failed", "jobs/x.yaml"], "is no failure code"),
         (["--retry-failed", "--on-changed", "redo"], "one after the other"),
         (["--until", "soon"], "is no time"),
         (["--on-changed", "maybe"], "maybe"),

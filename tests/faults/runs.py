@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from tests.conftest import MakeSource
 from tests.e2e.command import ROOT, command, write_job
 
-MARK = "GLM4V_TEST_MARK"
 _PATIENCE_SECONDS = 120.0
 
 
@@ -27,15 +26,15 @@ class Case:
     rows: tuple[dict[str, Any], ...]
     code: int
 
-    def start(self, *options: str, mark: str = "", **popen: Any) -> subprocess.Popen[str]:
-        """Start the job in a group of its own; all its processes carry *mark*."""
+    def start(self, *options: str, **popen: Any) -> subprocess.Popen[str]:
+        """Start the job in a session of its own."""
         streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **popen}
         return subprocess.Popen(
             command("run", self.job, *options),
             text=True,
             cwd=ROOT,
             start_new_session=True,
-            env={**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             **streams,
         )
 
@@ -99,20 +98,21 @@ def harm_after_finish(case: Case, code: int, said: str) -> Iterator[str]:
         yield f"left over: {leftovers}"
 
 
-def marked(mark: str) -> list[tuple[int, str]]:
-    """The processes that carry *mark*, with their names."""
+def of_session(session: int) -> list[tuple[int, str]]:
+    """The living processes of *session*, which has the number of the run that began it, with their names."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
+            state, _, _, its_session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
                 found.append((int(path.name), (path / "comm").read_text().strip()))
     return found
 
 
-def orphans(mark: str) -> list[tuple[int, str]]:
-    """The processes with *mark* that do not end by themselves."""
+def orphans(session: int) -> list[tuple[int, str]]:
+    """The processes of *session* that do not end by themselves."""
     deadline = time.monotonic() + 30
-    while (left := marked(mark)) and time.monotonic() < deadline:
+    while (left := of_session(session)) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
 

@@ -27,7 +27,7 @@ from tests.e2e.command import MODEL
 
 WANTS_ALL = os.environ.get("FAULTS") == "all"
 NUM_IMAGES = 20_000 if WANTS_ALL else 1_000
-NUM_FILES = 1_500 if WANTS_ALL else 40
+NUM_FILES = 600 if WANTS_ALL else 40
 GIB = 1 << 30
 FUZZING = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 RecordProperty = Callable[[str, object], None]

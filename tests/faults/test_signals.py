@@ -46,10 +46,10 @@ def send(process: subprocess.Popen[str], kind: str, rng: random.Random) -> int:
     return number
 
 
-def violations(case: Case, kind: str, mark: str, rng: random.Random) -> Iterator[str]:
+def violations(case: Case, kind: str, rng: random.Random) -> Iterator[str]:
     """Start the job, signal it at a random moment, and look at how it ends."""
     closed = {"stdout": subprocess.DEVNULL} if kind.endswith("closed") else {}
-    process = case.start(mark=mark, stderr=subprocess.PIPE, **closed)
+    process = case.start(stderr=subprocess.PIPE, **closed)
     # Before this the interpreter is still reading our code.
     wait_for(process, lambda: is_holding(case, process.pid))
     time.sleep(rng.random() * 1.5)
@@ -67,7 +67,7 @@ def violations(case: Case, kind: str, mark: str, rng: random.Random) -> Iterator
     if code == 128 + number and said and "Interrupted. " in said:
         yield from _wrong_claims(case, said)
     yield from harm(case)
-    if left := orphans(mark):
+    if left := orphans(process.pid):
         yield f"processes outlive the run: {left}"
 
 
@@ -96,8 +96,8 @@ def test_signals_at_random_times_end_in_a_resumable_folder(
     found: list[str] = []
 
     for number in range(NUM_SIGNALS):
-        kind, mark = KINDS[number % len(KINDS)], f"{tmp_path}-{number}"
-        found += [f"{number}, {kind}: {each}" for each in violations(case, kind, mark, rng)]
+        kind = KINDS[number % len(KINDS)]
+        found += [f"{number}, {kind}: {each}" for each in violations(case, kind, rng)]
         if number % 5 == 4:
             found += [f"after {number}: {each}" for each in harm_after_finish(case, *case.run())]
             shutil.rmtree(case.out)
