@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from glm4v_batch import __version__
-from glm4v_batch.errors import Glm4vBatchError
+from glm4v_batch.errors import Glm4vBatchError, printable
 
 if TYPE_CHECKING:
     from glm4v_batch.asked import Asked
@@ -53,10 +53,10 @@ def _open_closed_streams() -> None:
 
 
 def _say(text: str, *, err: bool = False) -> None:
-    """Print *text*. Where nobody reads it any more, the exit code still says what it has to."""
+    """Print *text*. Where nobody reads it, or its disk is full, the exit code still says what it has to."""
     try:
-        click.echo(text, err=err)
-    except BrokenPipeError:
+        click.echo(printable(text), err=err)
+    except OSError:
         # Or the interpreter, which flushes at its end, would fail over it once more.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2 if err else 1)
@@ -232,7 +232,7 @@ def validate(job_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from glm4v_batch.render import job_as_json
 
     job = read_job(job_file, overrides)
-    click.echo(job_as_json(job) if as_json else f"{job_file} is a complete job: {job.name}.")
+    _say(job_as_json(job) if as_json else f"{job_file} is a complete job: {job.name}.")
 
 
 @main.command()
@@ -254,7 +254,7 @@ def inspect(job_file: Path, overrides: tuple[str, ...], num_rows: int, as_json: 
     from glm4v_batch.render import rows_as_json, rows_as_text
 
     rows = inspect_rows(open_job(read_job(job_file, overrides)), num_rows)
-    click.echo(rows_as_json(rows) if as_json else rows_as_text(rows))
+    _say(rows_as_json(rows) if as_json else rows_as_text(rows))
 
 
 @main.command()
@@ -271,7 +271,7 @@ def status(folder: Path, as_json: bool) -> None:
     from glm4v_batch.status import read_status
 
     found = read_status(folder)
-    click.echo(status_as_json(found) if as_json else status_as_text(found))
+    _say(status_as_json(found) if as_json else status_as_text(found))
 
 
 @main.command()
@@ -293,7 +293,7 @@ def verify(ctx: click.Context, folder: Path, with_source: bool, as_json: bool) -
     from glm4v_batch.verify import verify as verify_folder
 
     verdict = verify_folder(folder, with_source=with_source)
-    click.echo(verdict_as_json(verdict) if as_json else verdict_as_text(verdict))
+    _say(verdict_as_json(verdict) if as_json else verdict_as_text(verdict))
     ctx.exit(verdict.exit_code)
 
 
@@ -309,7 +309,7 @@ def init(path: Path) -> None:
     from glm4v_batch.job import write_template
 
     write_template(path)
-    click.echo(f"Wrote {path}. Edit it, then: glm4v-batch plan {path}")
+    _say(f"Wrote {path}. Edit it, then: glm4v-batch plan {path}")
 
 
 @main.command()
@@ -323,7 +323,7 @@ def schema() -> None:
     from glm4v_batch.job import job_schema
     from glm4v_batch.render import as_json
 
-    click.echo(as_json(job_schema()))
+    _say(as_json(job_schema()))
 
 
 if __name__ == "__main__":

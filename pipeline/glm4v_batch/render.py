@@ -1,6 +1,7 @@
 """Turn values into text for people, or JSON for programs. Nothing here decides anything."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
 
 
 def as_json(value: object) -> str:
-    """*value* as JSON that people can read too."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    """*value* as JSON that people can read too: only what a terminal would obey is escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    return re.sub(r"[^ -~\n]", lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def job_as_json(job: "Job") -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from glm4v_batch.job import read_job
 from tests.conftest import MakeSource
-from tests.e2e.command import MODEL, ROOT, run_command, write_job
+from tests.e2e.command import MODEL, ROOT, command, run_command, write_job
 
 FIVE_MISTAKES = """\
 name: test
@@ -202,9 +202,9 @@ def test_inspect_shows_rows_as_the_model_sees_them(tmp_path: Path, make_source: 
     assert not (tmp_path / "out").exists()
 
 
-def test_help_of_every_command_ends_in_an_example() -> None:
-    for command in ("run", "plan", "validate", "inspect", "status", "verify", "init", "schema"):
-        assert f"glm4v-batch {command}" in run_command(command, "--help").stdout
+def test_help_of_every_verb_ends_in_an_example() -> None:
+    for verb in ("run", "plan", "validate", "inspect", "status", "verify", "init", "schema"):
+        assert f"glm4v-batch {verb}" in run_command(verb, "--help").stdout
 
 
 def test_the_bundled_model_is_laid_out_as_on_the_hub() -> None:
@@ -215,3 +215,35 @@ def test_the_bundled_model_is_laid_out_as_on_the_hub() -> None:
         "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json",
     }  # fmt: skip
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 12_000_000
+
+
+@pytest.mark.parametrize("verb", ["status", "verify", "schema"])
+def test_an_answer_that_cannot_be_printed_changes_no_exit_code(
+    tmp_path: Path, make_source: MakeSource, verb: str
+) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(5), tmp_path / "out")
+    assert run_command("run", job).returncode == 0
+    words = [verb] if verb == "schema" else [verb, tmp_path / "out"]
+
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command(*words), stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+        )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_name_reaches_a_terminal_unescaped(tmp_path: Path, make_source: MakeSource) -> None:
+    out = tmp_path / "out \x1b[31m\u202e"
+    job = tmp_path / "job.yaml"
+    write_job(job, make_source(5), tmp_path / "out")
+
+    said = run_command("run", job, "--set", f"output.path={json.dumps(str(out))}")
+    shown = run_command("status", out)
+    as_json = run_command("status", out, "--json")
+
+    for text in (said.stdout, said.stderr, shown.stdout, as_json.stdout):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+    assert said.returncode == 0, said.stderr
+    assert json.loads(as_json.stdout)
