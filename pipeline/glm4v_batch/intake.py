@@ -13,7 +13,7 @@ _Out = TypeVar("_Out")
 class _End:
     """Nothing comes after this; *error* is what ended it before its time."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
@@ -63,5 +63,5 @@ class Intake(Generic[_In, _Out]):
                 if self._is_left.is_set():
                     return
             self._ready.put(_End())
-        except Exception as error:  # the border of the thread: whoever takes the items meets it
+        except BaseException as error:  # the border of the thread: whoever takes the items meets it
             self._ready.put(_End(error))

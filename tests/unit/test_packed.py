@@ -1,7 +1,9 @@
 """The packed engine writes what `generate()` writes, whatever runs beside it and whatever runs out."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -123,6 +125,28 @@ def test_memory_that_runs_out_makes_calls_and_pieces_smaller_and_changes_no_text
         assert any(run.out_of_memory for run in runs(events))
 
 
+@pytest.mark.parametrize("room_kib", [1, 100, 300, 500])
+@pytest.mark.parametrize("when", [6, 10, 14, 22, 45])
+def test_memory_that_runs_out_once_within_a_step_changes_no_text(when: int, room_kib: int) -> None:
+    requests = [
+        replace(request, max_new_tokens=60 if number % 2 else 40)
+        for number, request in enumerate(sample("caption")[1][:16])
+    ]
+    sizes = [request.prompt_tokens + request.max_new_tokens for request in requests]
+    # Two requests fill the pool, and half of it holds no longer one.
+    pool_tokens = max(map(sum, pairwise(sizes)))
+    limits = PackedLimits(max_rows=2, pool_tokens=pool_tokens, piece_tokens=64, patches=1024)
+    engine = packed_engine("caption", limits=limits, meter=ShortOnce(when, room_kib << 10))
+
+    events = list(engine.run(iter(requests)))
+
+    completions = [event for event in events if isinstance(event, Completion)]
+    failures = [event for event in events if isinstance(event, Failure)]
+    assert len(completions) + len(failures) == len(requests)
+    assert texts(completions).items() <= texts(answers("caption", requests)).items()
+    assert not failures
+
+
 def test_a_request_that_the_pool_cannot_hold_fails_alone() -> None:
     requests = sample("caption")[1][:10]
     long = replace(requests[3], max_new_tokens=5000)
@@ -186,6 +210,22 @@ def test_compiled_layers_write_the_same() -> None:
     found = texts(engine.run(iter(requests)))
 
     assert found == texts(answers("caption", requests))
+
+
+class ShortOnce(CpuMeter):
+    """A device whose memory is short the *when*-th time that something is measured, and never again."""
+
+    def __init__(self, when: int, room_bytes: int) -> None:
+        super().__init__(weight_bytes(), ENDLESS)
+        self._when = when
+        self._room_bytes = room_bytes
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        self._when -= 1
+        self.cap_bytes = ENDLESS if self._when else weight_bytes() + self._room_bytes
+        with super().watch():
+            yield
 
 
 def random_model(family: str) -> Any:

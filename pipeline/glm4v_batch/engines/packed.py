@@ -11,6 +11,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from operator import gt
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from glm4v_batch.types import BatchShape, BatchStart, Completion, Failure, PeakS
 _ROW_STEP = 8
 _PIECE_STEP = 64
 _REPORT_SECONDS = 1.0
+_CROWDED_FRACTION = 0.98
 # So many answers are taken to be as long as allowed, until real ones say how long they are.
 _GUESSED_ANSWERS = 4
 
@@ -70,6 +72,7 @@ class PackedEngine:
         self._failed: list[Failure] = []
         self._answers = _Answers()
         self._first_pool_tokens = limits.pool_tokens
+        self._first_limit_bytes = meter.limit_bytes()
         self._fill(limits)
 
     @torch.inference_mode()
@@ -226,7 +229,7 @@ class PackedEngine:
         rows = [w.row for w in self._by_row if w is not None and (w.decodes or w.num_left)]
         if not rows:
             return False
-        num_rows = min(_rounded_up(max(rows) + 1, _ROW_STEP), self._limits.max_rows)
+        num_rows = min(_rounded_up(max(rows) + 1, _ROW_STEP), len(self._by_row))
         num_prompt = sum(num_tokens for _, num_tokens in pieces)
         tokens, sample = self._measured(
             lambda: self._enter_and_step([work.piece(num) for work, num in pieces], num_rows),
@@ -258,7 +261,7 @@ class PackedEngine:
             yield self._prefilling[-1]
 
     def _enter(self, work: Work) -> bool:
-        if None not in self._by_row:
+        if sum(other is not None for other in self._by_row) >= self._limits.max_rows:
             return False
         start = self._segments.take(work.num_pool_tokens)
         if start is None:
@@ -275,7 +278,9 @@ class PackedEngine:
         if work.num_pool_tokens <= self._limits.pool_tokens:
             return
         if work.num_pool_tokens <= self._first_pool_tokens:
-            raise _crowded(self._first_pool_tokens, self._limits.pool_tokens)
+            if not any(self._by_row):
+                self._fill_as_at_first()
+            return
         self._encoded.popleft()
         most = self._limits.pool_tokens
         self._fail(work, f"{work.num_pool_tokens:,} tokens of prompt and answer; the KV cache holds {most:,}")
@@ -352,11 +357,13 @@ class PackedEngine:
         if num_prompt > _PIECE_STEP:
             self._limits = replace(self._limits, piece_tokens=max(_PIECE_STEP, num_prompt // 2))
         elif not self._shrink_pool():
-            # Alone or not, there is nothing left to give up but a request.
-            work = next(filter(None, reversed(self._by_row)))
+            running = list(filter(None, self._by_row))
             self._begin_anew()
-            self._waiting.remove(work)
-            self._fail(work, "a step of it does not fit")
+            if len(running) > 1:
+                self._limits = replace(self._limits, max_rows=len(running) // 2)
+            else:
+                self._waiting.remove(running[0])
+                self._fail(running[0], "a step of it does not fit, alone")
 
     def _shrink_pool(self) -> bool:
         """Halve the pool; its requests begin anew. False where it could not hold each of them any more."""
@@ -365,10 +372,19 @@ class PackedEngine:
         if num_tokens < max((work.num_pool_tokens for work in held), default=1):
             return False
         self._begin_anew()
-        del self._rows
-        self._meter.free()
-        self._fill(replace(self._limits, pool_tokens=num_tokens))
+        self._fill_anew(num_tokens)
         return True
+
+    def _fill_as_at_first(self) -> None:
+        """Make the pool as large again as it was: what made it smaller may be over."""
+        self._fill_anew(self._first_pool_tokens)
+
+    def _fill_anew(self, num_tokens: int) -> None:
+        before = self._limits.pool_tokens
+        del self._rows  # and with it the pool
+        self._meter.free()
+        if not _fits(lambda: self._fill(replace(self._limits, pool_tokens=num_tokens))):
+            raise _crowded(self._first_pool_tokens, before)
 
     def _begin_anew(self) -> None:
         """Let all wait again that is under way, in its order."""
@@ -381,6 +397,7 @@ class PackedEngine:
         self._waiting.extendleft(reversed(again))
         for queue in (self._encoded, self._prefilling, self._entering, self._launched):
             queue.clear()
+        self._rows.leave()
 
     def _reported(self) -> EngineEvent:
         """The line of what ran since the last one; by it the pool yields where others took the memory."""
@@ -391,9 +408,14 @@ class PackedEngine:
                 self._memory.observe(sample)
         self._tally = Tally()
         self._meter.trim(budget)
-        if any(peak > limit for peak, limit in zip(run.peak_bytes, budget, strict=True)):
+        if self._is_crowded() and any(map(gt, run.peak_bytes, budget)):
             self._shrink_pool()
         return run
+
+    def _is_crowded(self) -> bool:
+        """Whether others have taken memory that was free at first."""
+        pairs = zip(self._meter.limit_bytes(), self._first_limit_bytes, strict=True)
+        return any(now < _CROWDED_FRACTION * first for now, first in pairs)
 
     def _fail(self, work: Work, message: str) -> None:
         request = work.request
@@ -457,6 +479,16 @@ def _unless_out_of_memory(do: Callable[[], Tensor]) -> Tensor | None:
         if not ran_out_of_memory(error):
             raise
     return None
+
+
+def _fits(do: Callable[[], None]) -> bool:
+    try:
+        do()
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _rounded_up(number: int, step: int) -> int:

@@ -143,9 +143,10 @@ class PackedModel:
             stage = replace(stage, hidden=hidden)
         return stage.hidden[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [R, vocabulary] of *hidden* [R, D], where tokens are embedded."""
-        normed = self._text.norm(hidden.to(_device_of(self._text.norm)))
+    def logits(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """Logits [R, vocabulary], where tokens are embedded, of *hidden* [T, D] at the int64 *places* [R]."""
+        chosen = hidden[places.to(hidden.device, non_blocking=True)]
+        normed = self._text.norm(chosen.to(_device_of(self._text.norm)))
         logits: Tensor = self._head(normed.to(_device_of(self._head)))
         return logits.to(self.device)
 

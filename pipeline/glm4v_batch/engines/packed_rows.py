@@ -92,10 +92,16 @@ class DecodeRows:
         ]
         rows = self._send(torch.tensor([e.row for e in entries]))
         self._numbers[:, rows] = self._send(torch.tensor(columns).T.contiguous())
+        self._is_live[rows] = False
         if self._seen is not None:
             for entry in entries:
                 self._seen[entry.row] = False
                 self._seen[entry.row, self._send(entry.input_ids)] = True
+
+    @torch.inference_mode()
+    def leave(self) -> None:
+        """Let no row decode any more."""
+        self._is_live.zero_()
 
     def step(self, pieces: Sequence[Piece], num_rows: int, most_keys: int) -> Tensor:
         """Prefill *pieces*, decode the live ones of the first *num_rows* rows.
@@ -119,7 +125,7 @@ class DecodeRows:
             self._packing(host, writes_N, num_rows, most_keys),
             self._pool,
         )
-        tokens_R = self._choose(self._model.logits(hidden[last_R]), num_rows)
+        tokens_R = self._choose(self._model.logits(hidden, last_R), num_rows)
         return self._advance(tokens_R, is_fresh_R.bool())
 
     def _packing(self, host: "_HostStep", writes_N: Tensor, num_rows: int, most_keys: int) -> Packing:
@@ -154,13 +160,16 @@ class DecodeRows:
         made = self._made[:num_rows] + emits
         has_ended = torch.isin(tokens_R, self._eos) | (made >= self._limit[:num_rows])
         token = torch.where(emits, tokens_R, self._token[:num_rows])
+        index = self._index[:num_rows] + is_live
+        lives_on = emits & ~has_ended
+        answer = torch.where(emits, tokens_R, NO_TOKEN)
+        # From here on nothing is allocated: all changes, or, where memory ran out above, none.
         if self._seen is not None:
             self._seen[:num_rows].scatter_(1, token[:, None], value=True)
-        self._token[:num_rows] = token
-        self._index[:num_rows] += is_live
-        self._made[:num_rows] = made
-        self._is_live[:num_rows] = emits & ~has_ended
-        return torch.where(emits, tokens_R, NO_TOKEN)
+        for kept, new in ((self._token, token), (self._index, index), (self._made, made)):
+            kept[:num_rows].copy_(new)
+        is_live.copy_(lives_on)
+        return answer
 
     def _send(self, tensor: Tensor) -> Tensor:
         if self._model.device.type == "cuda":
