@@ -98,14 +98,25 @@ def _open_lock(folder: Path) -> int:
         try:
             if not folder.is_dir():
                 make_folder(folder)
-            state.mkdir(exist_ok=True)
-            (state / "tmp").mkdir(exist_ok=True)
+            for own in (state, state / "tmp"):
+                _refuse_link(own)
+                own.mkdir(exist_ok=True)
+            _refuse_link(_lock_path(folder))
         except (FileExistsError, NotADirectoryError) as error:
             raise OutputError(
                 f"{folder} cannot be used as an output folder: {error.filename} is not a folder.",
                 hint="Choose another output.path.",
             ) from None
-        return os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT, 0o644)
+        return os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+
+
+def _refuse_link(path: Path) -> None:
+    # What comes with a folder from elsewhere must not make us write or remove files beyond it.
+    if path.is_symlink():
+        raise OutputError(
+            f"{path} is a link, and what it leads to is not ours to write or remove.",
+            hint="Remove the link and run this command again, or choose another output.path.",
+        )
 
 
 def _take(lock: Lock) -> None:
@@ -169,7 +180,10 @@ def _leave(lock: Lock, *, is_new: bool) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     # Only ever under the lock: without it they might be another run's.
-    for path in (folder / STATE_FOLDER / "tmp").iterdir():
+    temporary = folder / STATE_FOLDER / "tmp"
+    _refuse_link(temporary.parent)
+    _refuse_link(temporary)
+    for path in temporary.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -82,3 +82,36 @@ def test_a_run_outlives_the_death_of_any_helper_and_fails_no_record(
     while helpers(process.pid):
         assert time.monotonic() < deadline, helpers(process.pid)
         time.sleep(0.02)
+
+
+def test_a_file_swapped_while_its_reader_is_killed_stops_the_run_and_gives_it_no_row(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    source = make_source(1000, shards=2)
+    other = pq.read_table(source / "shard-1.parquet")
+    titles = pa.array([f"other {row}" for row in range(other.num_rows)])
+    pq.write_table(other.set_column(other.schema.get_field_index("title"), "title", titles), tmp_path / "new")
+    slow = ["batching: {engine: echo, max_batch_size: 10, echo_seconds: 0.1}"]
+    job = write_job(tmp_path / "job.yaml", source, tmp_path / "out", extra=slow, rows_per_part=10)
+
+    with subprocess.Popen(
+        command("run", job),
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        while process.poll() is None and not list((tmp_path / "out").glob("part-*.parquet")):
+            time.sleep(0.01)
+        (tmp_path / "new").replace(source / "shard-1.parquet")
+        for pid, words in helpers(process.pid).items():
+            if "glm4v-reader" in words:
+                os.kill(pid, signal.SIGKILL)
+        said = process.stderr.read().decode() if process.stderr else ""
+
+    assert process.returncode == 4, said
+    assert "shard-1.parquet has changed since this run began" in said
+    assert "Traceback" not in said
+    titles_done = [row["title"] for row in rows_of(tmp_path / "out")]
+    assert len(titles_done) >= 500
+    assert all(title.startswith("title ") for title in titles_done)

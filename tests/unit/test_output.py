@@ -140,6 +140,38 @@ def test_a_link_among_the_leftovers_goes_and_what_it_points_to_stays(tmp_path: P
     assert (kept / "file").exists()
 
 
+@pytest.mark.parametrize("name", [STATE_FOLDER, f"{STATE_FOLDER}/tmp", f"{STATE_FOLDER}/lock"])
+def test_a_link_in_place_of_our_own_state_is_refused_and_not_followed(tmp_path: Path, name: str) -> None:
+    kept = tmp_path / "kept"
+    (kept / "tmp").mkdir(parents=True)
+    for file in (kept / "file", kept / "tmp" / "file"):
+        file.write_text("theirs")
+    link = tmp_path / "out" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(kept / "file" if link.name == "lock" else kept)
+
+    with pytest.raises(OutputError, match="is a link") as caught, locked(tmp_path / "out"):
+        pass
+
+    assert str(link) in str(caught.value)
+    assert "Remove the link" in str(caught.value.hint)
+    assert sorted(path.name for path in kept.rglob("*")) == ["file", "file", "tmp"]
+    assert (kept / "file").read_text() == (kept / "tmp" / "file").read_text() == "theirs"
+
+
+def test_a_link_that_takes_the_place_of_our_state_during_a_run_is_not_followed(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").touch()
+    temporary = tmp_path / "out" / STATE_FOLDER / "tmp"
+
+    with locked(tmp_path / "out"):
+        temporary.rmdir()
+        temporary.symlink_to(kept)
+
+    assert (kept / "file").exists()
+
+
 def test_the_folder_is_left_tidy_however_a_run_ends(tmp_path: Path) -> None:
     def fail() -> None:
         with locked(tmp_path):

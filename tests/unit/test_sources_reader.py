@@ -15,7 +15,7 @@ import pytest
 from glm4v_batch.errors import SourceError
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.sources import RecordColumns, Source, open_source
-from glm4v_batch.sources.parquet import ParquetFiles, ParquetSource, Piece
+from glm4v_batch.sources.parquet import Opened, ParquetFiles, ParquetSource, Piece
 from glm4v_batch.sources.reader import Reader
 from glm4v_batch.types import Chunk, Record
 
@@ -45,15 +45,27 @@ def write(path: Path, images: list[bytes], **columns: Any) -> Path:
 class Unlistable(ParquetFiles):
     """Files that crash whoever opens them, and even whoever looks at a single one."""
 
-    def __init__(self, asked: ParquetSettings, columns: RecordColumns, own_output: Path | None) -> None:
+    def __init__(
+        self,
+        asked: ParquetSettings,
+        columns: RecordColumns,
+        own_output: Path | None,
+        opened: Opened | None,
+    ) -> None:
         os.abort()
 
 
 class Poisoned(ParquetFiles):
     """Opened files, of which those with a telling name do to their reader what the name says."""
 
-    def __init__(self, asked: ParquetSettings, columns: RecordColumns, own_output: Path | None) -> None:
-        super().__init__(asked, columns, own_output)
+    def __init__(
+        self,
+        asked: ParquetSettings,
+        columns: RecordColumns,
+        own_output: Path | None,
+        opened: Opened | None,
+    ) -> None:
+        super().__init__(asked, columns, own_output, opened)
         if any("abort-opening" in shard.path for shard in self.shards):
             os.abort()
 
@@ -106,6 +118,41 @@ def test_a_killed_reader_is_replaced_and_no_row_is_lost(tmp_path: Path) -> None:
         os.kill(reader_pid(source), signal.SIGKILL)
 
     assert rows == list(range(100))
+
+
+def test_a_file_replaced_while_its_reader_is_killed_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [b"old"] * 100)
+    source = opened(tmp_path)
+    assert len(list(source.read(Chunk(str(path), 0, 10)))) == 10
+
+    write(tmp_path / "next" / "a.parquet", [b"new"] * 100).replace(path)
+    os.kill(reader_pid(source), signal.SIGKILL)
+
+    with pytest.raises(SourceError, match=r"a.parquet has changed since this run began"):
+        list(source.read(Chunk(str(path), 10, 10)))
+
+
+def test_a_file_removed_while_its_reader_is_killed_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    gone = write(tmp_path / "a.parquet", [b"gone"] * 10)
+    kept = write(tmp_path / "b.parquet", [b"kept"] * 10)
+    source = opened(tmp_path)
+
+    gone.unlink()
+    os.kill(reader_pid(source), signal.SIGKILL)
+
+    with pytest.raises(SourceError, match=r"a.parquet is gone since this run began"):
+        list(source.read(Chunk(str(gone), 0, 10)))
+    assert len(list(source.read(Chunk(str(kept), 0, 10)))) == 10
+
+
+def test_a_reader_that_follows_a_killed_one_lists_nothing_anew(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.parquet", [b"x"] * 10)
+    source = opened(tmp_path)
+
+    (tmp_path / "b.parquet").write_bytes(b"no Parquet file")
+    os.kill(reader_pid(source), signal.SIGKILL)
+
+    assert len(list(source.read(Chunk(str(first), 0, 10)))) == 10
 
 
 def test_a_file_that_crashes_its_reader_is_named_with_the_row(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ consecutive chunks decodes each page once.
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +57,15 @@ class Piece:
 
     rows: pa.RecordBatch
     oversize_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What opening found, for the rest of a run: see `Files`; *paths* is where each shard lies."""
+
+    schema: pa.Schema
+    shards: Sequence[Shard]
+    paths: Mapping[str, str]
 
 
 class Files(Protocol):
@@ -111,19 +120,35 @@ def layout_of(settings: ParquetSettings, columns: RecordColumns) -> Layout:
 
 
 class ParquetFiles:
-    """The files of *settings*, opened in this process, and where the last reads ended in them."""
+    """The files of *settings*, opened in this process, and where the last reads ended in them.
+
+    *opened* is what an earlier process found in this run: nothing is listed again then, and a file
+    that has changed since is refused when it is read.
+    """
 
     def __init__(
-        self, settings: ParquetSettings, columns: RecordColumns, own_output: Path | None = None
+        self,
+        settings: ParquetSettings,
+        columns: RecordColumns,
+        own_output: Path | None = None,
+        opened: Opened | None = None,
     ) -> None:
         layout = layout_of(settings, columns)
-        self._fs, found = find_files(settings, own_output)
-        footers = _read_footers(self._fs, found)
-        self._paths = {footer.shard.path: path for path, footer in zip(found.values(), footers, strict=True)}
+        self._fs, _ = _file_system(settings.path)
         self._columns, self._id = layout.columns, layout.id
-        self.schema = _common_schema(footers, layout.columns, layout.image)
-        self.shards: Sequence[Shard] = [footer.shard for footer in footers]
+        self.opened = opened or _open_all(settings, layout, own_output)
+        self._shards = {shard.path: shard for shard in self.opened.shards}
         self._cursors: OrderedDict[tuple[str, int], _Cursor] = OrderedDict()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """See `Files.schema`."""
+        return self.opened.schema
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """See `Files.shards`."""
+        return self.opened.shards
 
     def piece(self, path: str, first_row: int, num_rows: int) -> Piece:
         """See `Files.piece`. Reads on from where an earlier call ended, if it ended there."""
@@ -138,8 +163,8 @@ class ParquetFiles:
         return self._bounded(rows)
 
     def _open_at(self, path: str, first_row: int, most_rows: int = _MAX_BATCH_ROWS) -> "_Cursor":
-        shard = next(shard for shard in self.shards if shard.path == path)
-        return _Cursor(self._fs, self._paths[path], shard, _Wanted(self._columns, first_row, most_rows))
+        wanted = _Wanted(self._columns, first_row, most_rows)
+        return _Cursor(self._fs, self.opened.paths[path], self._shards[path], wanted)
 
     def _keep(self, path: str, cursor: "_Cursor") -> None:
         # Pages of large images are freed one by one, and the allocator would keep them all.
@@ -178,11 +203,13 @@ class _Cursor:
     def __init__(self, fs: Any, path: str, shard: Shard, wanted: _Wanted) -> None:
         self.shard = shard
         self.next_row = wanted.first_row
+        with _reading(shard.path, "the file"):
+            # Before the footer: a file that takes the name in between fails the comparison.
+            self._opened = _open(fs, path)
         footer = _read_footer(fs, path, shard.path)
         if footer.shard.identity != shard.identity:
-            raise SourceError(f"{shard.path} has changed since this run began.")
+            raise SourceError(f"{shard.path} has changed since this run began.", hint=_PUT_BACK)
         with _reading(shard.path, "the file"):
-            self._opened = _open(fs, path)
             file = pq.ParquetFile(
                 self._opened,
                 metadata=footer.metadata,
@@ -303,6 +330,7 @@ def _skipped(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.Re
 # ValueError and LookupError: names that are not UTF-8, and those that two places spell differently.
 _UNREADABLE = (OSError, ValueError, LookupError, ArithmeticError, pa.ArrowException, _UnreadableError)
 _REPLACE = "Replace the file, or move it away to go on with the others. What is committed stays."
+_PUT_BACK = "Put the file back as it was and run this command again. What is committed stays."
 
 
 @contextmanager
@@ -313,6 +341,8 @@ def _reading(shard: str, where: str) -> Iterator[None]:
         raise _MemoryNeededError(
             f"{shard} cannot be read in {where}: that takes more memory than a file may.", hint=_REPLACE
         ) from None
+    except FileNotFoundError:
+        raise SourceError(f"{shard} is gone since this run began.", hint=_PUT_BACK) from None
     except _UNREADABLE as error:
         raise SourceError(f"{shard} cannot be read in {where}: {first_line(error)}.", hint=_REPLACE) from None
 
@@ -322,17 +352,32 @@ def _open(fs: Any, path: str) -> Any:
     return pa.OSFile(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
 
 
-def find_files(settings: ParquetSettings, own_output: Path | None) -> tuple[Any, dict[str, str]]:
-    """The file system of `source.path`, and the files it finds there by the name that we call them.
-
-    Parts of *own_output* do not count: an output below its source would feed on itself. Raises
-    JobError for a path of no known kind, SourceError where there is nothing.
-    """
-    pattern = settings.path
+def _file_system(pattern: str) -> tuple[Any, str]:
+    """The file system of *pattern* and the path in it; nothing is listed."""
     try:
         fs, path = fsspec.url_to_fs(pattern)
     except (ValueError, ImportError) as error:
         raise JobError(f"source.path {pattern} cannot be opened: {error}.") from None
+    except OSError as error:  # an archive that holds the files, say
+        raise SourceError(f"{pattern} cannot be opened: {first_line(error)}.") from None
+    return fs, path
+
+
+def _open_all(settings: ParquetSettings, layout: Layout, own_output: Path | None) -> Opened:
+    fs, found = find_files(settings, own_output)
+    footers = _read_footers(fs, found)
+    schema = _common_schema(footers, layout.columns, layout.image)
+    return Opened(schema, [footer.shard for footer in footers], found)
+
+
+def find_files(settings: ParquetSettings, own_output: Path | None) -> tuple[Any, dict[str, str]]:
+    """The file system of `source.path`, and the files it finds there by the name that we call them.
+
+    Parts of *own_output* do not count: an output below its source would feed on itself. Raises
+    JobError for a path of no known kind, SourceError where there is nothing or it cannot be opened.
+    """
+    pattern = settings.path
+    fs, path = _file_system(pattern)
     try:
         found = [file for file in _expand(fs, path) if not _is_below(fs, file, own_output)]
     except OSError as error:

@@ -1,18 +1,19 @@
 """Parquet files in a process of their own: one that crashes, hangs or eats memory costs the file's name.
 
 Each request stands for itself, so that a process that was lost is replaced and asked the same again.
+The next one is told what the first one found: a file that another has replaced is noticed by either.
 A file over which it dies again and again stops the run: damage must not turn its rows into failed ones.
 """
 
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import pyarrow as pa
 
@@ -21,8 +22,8 @@ from glm4v_batch.confinement import be_silent, leave_no_core, limit_memory
 from glm4v_batch.errors import Glm4vBatchError, SourceError
 from glm4v_batch.job import ParquetSettings
 
-from . import RecordColumns, Shard
-from .parquet import Files, ParquetFiles, Piece, fault_of, find_files, refuse
+from . import RecordColumns
+from .parquet import Files, Opened, ParquetFiles, Piece, fault_of, find_files, refuse
 
 _MEMORY_BYTES = 2 * 1024**3
 _OPEN_SECONDS = 3600.0
@@ -33,7 +34,7 @@ _KILLS = 5  # from outside, which speaks of the machine and not of the file
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """Asks for schema and shards."""
+    """Asks for what opening finds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +59,40 @@ class _Rows:
 
 
 _Request = _Open | _List | _Check | _Rows
-OpenFiles = Callable[[ParquetSettings, RecordColumns, Path | None], Files]
+
+
+class _OpenedFiles(Files, Protocol):
+    @property
+    def opened(self) -> Opened: ...
+
+
+class OpenFiles(Protocol):
+    """Opens files as `ParquetFiles` does."""
+
+    def __call__(
+        self,
+        settings: ParquetSettings,
+        columns: RecordColumns,
+        own_output: Path | None,
+        opened: Opened | None,
+        /,
+    ) -> _OpenedFiles:
+        """The files, found now or as *opened* says."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Setup:
-    """What the process is started with. *folder* is what relative paths are relative to."""
+    """What the process is started with. *folder* is what relative paths are relative to.
+
+    *opened* is what the first process found, None for that one.
+    """
 
     settings: ParquetSettings
     columns: RecordColumns
     own_output: Path | None
     folder: str
-    open_files: "OpenFiles"
+    open_files: OpenFiles
+    opened: Opened | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +118,13 @@ class Reader:
         settings: ParquetSettings,
         columns: RecordColumns,
         own_output: Path | None = None,
-        open_files: "OpenFiles" = ParquetFiles,
+        open_files: OpenFiles = ParquetFiles,
     ) -> None:
         self._setup = _Setup(settings, columns, own_output, str(Path.cwd()), open_files)
         self._child: Child | None = None
-        self.schema, self.shards = self._open()
+        opened = self._open()
+        self.schema, self.shards = opened.schema, opened.shards
+        self._setup = replace(self._setup, opened=opened)
 
     def piece(self, path: str, first_row: int, num_rows: int) -> Piece:
         """See `parquet.Files.piece`."""
@@ -112,9 +137,9 @@ class Reader:
             ) from None
         return Piece(pa.ipc.open_stream(stream).read_next_batch(), oversize_bytes)
 
-    def _open(self) -> tuple[pa.Schema, Sequence[Shard]]:
+    def _open(self) -> Opened:
         try:
-            return cast(tuple[pa.Schema, Sequence[Shard]], self._ask(_Open(), _OPEN_SECONDS))
+            return cast(Opened, self._ask(_Open(), _OPEN_SECONDS))
         except _LostError as lost:
             refuse(self._faults())
             raise SourceError(f"{self._setup.settings.path} cannot be read: {lost}.") from None
@@ -187,7 +212,7 @@ class _Service:
 
     def __init__(self, setup: _Setup) -> None:
         self._setup = setup
-        self._files: Files | None = None
+        self._files: _OpenedFiles | None = None
 
     def answer(self, request: _Request) -> Any:
         """The answer to *request*, or the error that it met."""
@@ -201,8 +226,7 @@ class _Service:
     def _answer(self, request: _Request) -> Any:
         match request:
             case _Open():
-                files = self._opened()
-                return files.schema, files.shards
+                return self._opened().opened
             case _List():
                 return list(self._found()[1])
             case _Check(name):
@@ -215,10 +239,10 @@ class _Service:
     def _found(self) -> tuple[Any, dict[str, str]]:
         return find_files(self._setup.settings, self._setup.own_output)
 
-    def _opened(self) -> Files:
+    def _opened(self) -> _OpenedFiles:
         if self._files is None:
             setup = self._setup
-            self._files = setup.open_files(setup.settings, setup.columns, setup.own_output)
+            self._files = setup.open_files(setup.settings, setup.columns, setup.own_output, setup.opened)
         return self._files
 
 
