@@ -34,7 +34,6 @@ _MAX_FOOTER_BYTES = 16 << 20
 _BUFFER_BYTES = 1 << 20
 _BATCH_BYTES = 8 << 20
 _MAX_BATCH_ROWS = 4096
-_MAX_ROW = 2**62
 # A row number alone takes more than a byte, compressed; such a file would be read for days.
 _MAX_ROWS_PER_BYTE = 16
 _MEMORY_BYTES = 768 << 20
@@ -162,14 +161,10 @@ def _footer(path: Path) -> PartInfo:
     """What the footer of *path* says, once it is certain that looking at it does no harm."""
     _refuse_odd_file(path)
     try:
-        info = read_part(path).info
+        return read_part(path).info
     except OutputError as error:
-        raise _UnusableError(f"{sanitise(str(error)).rstrip('.')}.") from None
-    except (TypeError, RecursionError, UnicodeError):  # it may hold anything, and so may its columns' names
-        raise _UnusableError(f"{_shown(path)} has a footer that cannot be read.") from None
-    if not _is_plausible(info):
-        raise _UnusableError(f"{_shown(path)} has a footer that no run writes.")
-    return info
+        todo = _MEND_DISK if error.hint else _MOVE_AWAY
+        raise _UnusableError(f"{sanitise(str(error)).rstrip('.')}.", todo) from None
 
 
 def _refuse_odd_file(path: Path) -> None:
@@ -189,17 +184,6 @@ def _refuse_odd_file(path: Path) -> None:
         raise _UnusableError(f"{_shown(path)} does not end as a Parquet file does.")
     if length > min(found.st_size, _MAX_FOOTER_BYTES):
         raise _UnusableError(f"{_shown(path)} claims a footer of {format_bytes(length)}.")
-
-
-def _is_plausible(info: PartInfo) -> bool:
-    numbers = (info.first_row, info.num_rows, info.num_ok, info.num_failed)
-    return (
-        all(type(number) is int and 0 <= number < _MAX_ROW for number in numbers)
-        and isinstance(info.fingerprint, str)
-        and isinstance(info.settings, Mapping)
-        and isinstance(info.source, Mapping)
-        and isinstance(info.source.get("path"), str)
-    )
 
 
 class _Reading:

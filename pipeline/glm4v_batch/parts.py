@@ -29,13 +29,14 @@ from glm4v_batch.durable import (
     sync_folder,
     write_synced,
 )
-from glm4v_batch.errors import OutputError
+from glm4v_batch.errors import OutputError, sanitise
 from glm4v_batch.units import format_bytes
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"glm4v_batch"
 STATE_FOLDER = ".glm4v-batch"
 _ENDLESS = 2**62
+_MAX_ROW = 2**62
 # For the report, the line per batch, and what the file system itself needs besides a file's bytes.
 _SPARE_BYTES = 1024**2
 _GO_ON = "What is committed is safe; then run the same command again."
@@ -323,10 +324,11 @@ def _damage_of(path: Path) -> Iterator[None]:
         if not is_regular(path):
             raise OutputError(f"{path.name} is damaged: it is a folder, a link or a pipe instead of a file")
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)
         if number is None:
-            raise OutputError(f"{path.name} is damaged: {str(error).strip()}") from None
+            what = sanitise(str(error).strip().split("\n")[0]).rstrip(".")
+            raise OutputError(f"{path.name} is damaged: {what}") from None
         raise OutputError(
             f"{path} cannot be read: {os.strerror(number)}.",
             hint=f"The part itself may be whole. {_what_to_do(number)} {_GO_ON}",
@@ -337,7 +339,8 @@ def _info(path: Path, footer: bytes, num_rows: int) -> PartInfo:
     try:
         body = json.loads(footer)
         if body["format"] != FORMAT_VERSION:
-            raise OutputError(f"{path.name} has format {body['format']}, this version reads {FORMAT_VERSION}")
+            written = sanitise(str(body["format"]))
+            raise OutputError(f"{path.name} has format {written}, this version reads {FORMAT_VERSION}")
         first_row, rows = body["rows"]
         counts = body["counts"]
         info = PartInfo(
@@ -349,11 +352,24 @@ def _info(path: Path, footer: bytes, num_rows: int) -> PartInfo:
             counts["ok"],
             counts["failed"],
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # it may hold anything
         raise OutputError(f"{path.name} has a footer that cannot be read") from None
+    if not _is_plausible(info):
+        raise OutputError(f"{path.name} has a footer that no run writes")
     if num_rows != rows or info.num_ok + info.num_failed != rows:
         raise OutputError(f"{path.name} holds {num_rows} rows, its footer says {rows}")
     return info
+
+
+def _is_plausible(info: PartInfo) -> bool:
+    numbers = (info.first_row, info.num_rows, info.num_ok, info.num_failed)
+    return (
+        all(type(number) is int and 0 <= number < _MAX_ROW for number in numbers)
+        and isinstance(info.fingerprint, str)
+        and isinstance(info.settings, Mapping)
+        and isinstance(info.source, Mapping)
+        and isinstance(info.source.get("path"), str)
+    )
 
 
 def gaps(num_rows: int | None, done: Sequence[range]) -> list[range]:

@@ -1,5 +1,6 @@
 """Parts: complete or not there, and the only record of what is done."""
 
+import json
 import os
 import resource
 from itertools import pairwise
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from glm4v_batch.errors import OutputError
 from glm4v_batch.parts import (
+    FOOTER_KEY,
+    FORMAT_VERSION,
     STATE_FOLDER,
     PartInfo,
     check_room,
@@ -225,6 +228,45 @@ def test_part_names_are_plain_file_names_whatever_the_source_is_called(source: s
     assert Path(name).name == name
     assert name.isascii()
     assert len(name) < 128
+
+
+def footer(**changes: object) -> bytes:
+    body = {
+        "format": FORMAT_VERSION,
+        "fingerprint": "f",
+        "settings": {},
+        "source": {"path": "a"},
+        "rows": [0, 3],
+        "counts": {"ok": 3, "failed": 0},
+    }
+    return json.dumps({**body, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        footer(source="abc"),
+        footer(source={}),
+        footer(source={"path": 1}),
+        footer(counts={"ok": None, "failed": 3}),
+        footer(counts={"ok": 4, "failed": -1}),
+        footer(settings=[]),
+        footer(fingerprint=None),
+        footer(rows=[False, 3]),
+        footer(format="1\n" * 1000),
+        b"[" * 100_000,
+        b"\xff\xfe\xff",
+        b"[]",
+    ],
+)
+def test_a_footer_that_no_run_writes_is_refused_by_the_name_of_its_part(folder: Path, odd: bytes) -> None:
+    path = folder / "part-odd.parquet"
+    pq.write_table(table().replace_schema_metadata({FOOTER_KEY: odd}), path)
+
+    with pytest.raises(OutputError, match=r"^part-odd\.parquet has .*$") as refusal:
+        read_part(path)
+
+    assert not refusal.value.hint, "the hint is for obstacles, which are no damage"
 
 
 def test_overlapping_parts_are_refused() -> None:
