@@ -11,7 +11,7 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 Way = Literal["link", "renameat2", "rename"]
 """How a file got its name: by `link`, by a rename that replaces nothing, or by looking first."""
@@ -131,3 +131,27 @@ def free_bytes(folder: Path) -> int | None:
 def is_regular(path: Path) -> bool:
     """Whether *path* itself is a file, not a link to one, a folder or a pipe. Raises OSError."""
     return stat.S_ISREG(path.lstat().st_mode)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The regular file *path*, opened for reading. Raises OSError, also for what is none.
+
+    A FIFO is not waited for: whoever gives an output folder away may have put one there.
+    """
+    return os.fdopen(_open_at_once(path, os.O_RDONLY), "rb")
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """The regular file *path*, made if need be, opened to write at its end.
+
+    Raises OSError, also for what is none, such as a link.
+    """
+    return os.fdopen(_open_at_once(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "ab")
+
+
+def _open_at_once(path: Path, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", str(path))

@@ -15,7 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from glm4v_batch.described import read_object
 from glm4v_batch.devices import DeviceUse
+from glm4v_batch.durable import open_regular, open_to_append
 from glm4v_batch.parts import STATE_FOLDER, Part
 from glm4v_batch.retry import Replaced
 from glm4v_batch.speed import TimeEstimate
@@ -30,6 +32,7 @@ from glm4v_batch.types import (
 )
 
 _MEMORY_OF_RUNS = 10_000
+_MAX_RUNS_BYTES = 64 << 20
 
 
 class Report:
@@ -82,8 +85,8 @@ class Report:
         self._runs.append(run)
         self._num_batches.update(num=1, out_of_memory=int(run.out_of_memory))
         line = json.dumps({"context": self._contexts[run.replica], **asdict(run)})
-        with self._tolerating(), (self._folder / "batches.jsonl").open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        with self._tolerating(), open_to_append(self._folder / "batches.jsonl") as file:
+            file.write(f"{line}\n".encode())
 
     def add_replica(self, event: ReplicaReady | ReplicaLost) -> None:
         """Count a replica that came or went."""
@@ -204,12 +207,15 @@ def _quantile(values: Sequence[float], fraction: float) -> float:
 def read_runs(folder: Path) -> Iterator[tuple[str, BatchRun]]:
     """The batches that `batches.jsonl` of the output *folder* remembers, each with its context.
 
-    A last line that a crash cut short is passed over.
+    A last line that a crash cut short is passed over, and so is all but the last 64 MiB.
     """
-    path = folder / STATE_FOLDER / "batches.jsonl"
-    if not path.is_file():
+    try:
+        file = open_regular(folder / STATE_FOLDER / "batches.jsonl")
+    except OSError:
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - _MAX_RUNS_BYTES))
         for line in file:
             run = _parse_run(line)
             if run is not None:
@@ -225,16 +231,16 @@ def trim_runs(folder: Path) -> None:
     temporary = path.with_name("tmp") / f"batches.{os.getpid()}"
     # Only tidying: what keeps it from being done must not keep the run from its work.
     with suppress(OSError):
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             num_lines = sum(1 for _ in file)
         if num_lines <= _MEMORY_OF_RUNS:
             return
-        with path.open("rb") as file, temporary.open("wb") as kept:
+        with open_regular(path) as file, temporary.open("wb") as kept:
             kept.writelines(islice(file, num_lines - _MEMORY_OF_RUNS, None))
         temporary.replace(path)
 
 
-def _parse_run(line: str) -> tuple[str, BatchRun] | None:
+def _parse_run(line: bytes) -> tuple[str, BatchRun] | None:
     try:
         entry: dict[str, Any] = json.loads(line)
         context, shape = str(entry.pop("context")), BatchShape(**entry.pop("shape"))
@@ -242,15 +248,10 @@ def _parse_run(line: str) -> tuple[str, BatchRun] | None:
         run = BatchRun(shape=shape, **values)
         whole = len(run.peak_bytes) == len(run.predicted_bytes) == len(run.budget_bytes)
         return (context, run) if whole else None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
 def read_report(folder: Path) -> Mapping[str, Any] | None:
     """The last run's report, or None where there is none."""
-    path = folder / STATE_FOLDER / "report.json"
-    try:
-        report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return report
+    return read_object(folder / STATE_FOLDER / "report.json")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm4v_batch.described import job_name
+from glm4v_batch.durable import open_regular
 from glm4v_batch.errors import OutputError, sanitise
 from glm4v_batch.part_check import Fault, PartCheck, check_parts
 from glm4v_batch.parts import STATE_FOLDER, Part, gaps
@@ -154,8 +155,9 @@ def lock_holder(folder: Path) -> str | None:
     """
     path = folder / STATE_FOLDER / "lock"
     try:
-        inode = path.stat().st_ino
-        owner = sanitise(path.read_text(encoding="utf-8", errors="replace")[:1000])
+        with open_regular(path) as file:
+            inode = os.fstat(file.fileno()).st_ino
+            owner = sanitise(file.read(1000).decode(errors="replace"))
     except OSError:
         return None
     try:

@@ -1,6 +1,7 @@
 """Figures of a run, and what the next run learns from them."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,3 +179,48 @@ def test_a_missing_or_broken_report_is_none(folder: Path) -> None:
     assert read_report(folder) is None
     (folder / STATE_FOLDER / "report.json").write_text(json.dumps({"rows": 1})[:-2])
     assert read_report(folder) is None
+
+
+def test_a_report_that_is_no_regular_file_no_object_or_too_large_is_none(folder: Path) -> None:
+    path = folder / STATE_FOLDER / "report.json"
+
+    os.mkfifo(path)
+    assert read_report(folder) is None
+    path.unlink()
+    path.write_text("[" * 100_000)
+    assert read_report(folder) is None
+    path.write_text("[1]")
+    assert read_report(folder) is None
+    path.write_text("{}")
+    os.truncate(path, 1 << 40)
+    assert read_report(folder) is None
+
+
+def test_batches_in_a_fifo_or_a_link_are_not_waited_for_and_not_followed(folder: Path) -> None:
+    path = folder / STATE_FOLDER / "batches.jsonl"
+    theirs = folder / "theirs"
+    theirs.write_text("theirs")
+    os.mkfifo(path)
+
+    trim_runs(folder)
+    report = Report(folder, ["c"])
+    report.add_batch(batch())
+    assert list(read_runs(folder)) == []
+    path.unlink()
+    path.symlink_to(theirs)
+    report.add_batch(batch())
+
+    assert "batches.jsonl" in report.trouble
+    assert theirs.read_text() == "theirs"
+
+
+def test_only_the_end_of_a_huge_file_of_batches_is_read(folder: Path) -> None:
+    path = folder / STATE_FOLDER / "batches.jsonl"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with path.open("a") as file:
+        file.write("\n")
+
+    Report(folder, ["c"]).add_batch(batch())
+
+    assert list(read_runs(folder)) == [("c", batch())]
