@@ -100,7 +100,8 @@ FAILURE_KINDS: Mapping[FailureCode, FailureKind] = {
     ),
     "decoder_crashed": FailureKind(
         ("decode",),
-        "the process that prepared the record died, twice with nothing else in hand",
+        "the process that prepared the record died, twice with nothing else in hand "
+        "(five times where others killed it)",
         "Convert the image; keep the file, for it shows a fault of a library.",
     ),
     "decoder_timeout": FailureKind(
