@@ -98,6 +98,8 @@ def run_locked(
     if first is None or (deadline is not None and deadline.has_passed):
         reason = None if first is None or until is None else OutOfTime(until)
         if reason is None:
+            if plan.parts:
+                describe(lock.folder, opened.job.as_dict(), opened.settings)
             take_away(lock, plan.superseded)
         yield _outcome(plan, report, reason)
         return

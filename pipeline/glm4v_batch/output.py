@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from glm4v_batch.durable import make_folder, sync_folder, sync_parent, write_synced
+from glm4v_batch.durable import make_folder, open_regular, sync_folder, sync_parent, write_synced
 from glm4v_batch.errors import OutputError, OutputLockedError, sanitise
 from glm4v_batch.parts import (
     RESULT_FIELDS,
@@ -196,13 +196,18 @@ def offload_folder(folder: Path, replica: int) -> Path:
 
 
 def describe(folder: Path, job: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Leave `job.json` for people to read; the parts do not depend on it."""
+    """Leave `job.json` for people and `verify` to read; the parts do not depend on it."""
     body = {"job": job, "fingerprint": fingerprint(settings), "settings": settings}
     state = folder / STATE_FOLDER
     temporary = state / "tmp" / f"job.{os.getpid()}"
+    content = (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
+    path = state / "job.json"
+    with suppress(OSError), open_regular(path) as file:
+        if file.read() == content:
+            return
     with refusing(folder):
-        write_synced(temporary, (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode())
-        temporary.replace(state / "job.json")
+        write_synced(temporary, content)
+        temporary.replace(path)
 
 
 def committed_parts(folder: Path, settings: Mapping[str, Any]) -> list[Part]:

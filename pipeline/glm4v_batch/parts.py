@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glm4v_batch.durable import (
@@ -307,13 +308,45 @@ def read_part(path: Path) -> Part:
 
 def read_rows(part: Part) -> pa.Table:
     """All rows and columns of *part*, its page checksums verified. Raises OutputError where it is damaged."""
-    with _damage_of(part.path), pq.ParquetFile(part.path, page_checksum_verification=True) as file:
+    with _opened(part) as file:
         table = file.read()
-    if table.num_rows != part.info.num_rows:
-        raise OutputError(
-            f"{part.path.name} holds {table.num_rows} rows, its footer says {part.info.num_rows}"
-        )
+        if table.num_rows != part.info.num_rows:
+            raise OutputError(
+                f"{part.path.name} holds {table.num_rows} rows, its footer says {part.info.num_rows}"
+            )
     return table.replace_schema_metadata(None)
+
+
+def failed_rows(part: Part) -> list[tuple[int, str]]:
+    """Number and error code of each failed row of *part*, page checksums verified.
+
+    Raises OutputError where it is damaged.
+    """
+    wanted = pa.schema([column for column in RESULT_FIELDS if column.name in ("row", "error_code")])
+    with _opened(part) as file:
+        table = file.read(columns=wanted.names)
+        if set(table.schema) != set(wanted):
+            raise OutputError(f"{part.path.name} has other columns than a part")
+        table.validate(full=True)
+    failed = table.filter(pc.is_valid(table.column("error_code")))
+    return list(zip(failed.column("row").to_pylist(), failed.column("error_code").to_pylist(), strict=True))
+
+
+@contextmanager
+def _opened(part: Part) -> Iterator[pq.ParquetFile]:
+    try:
+        with (
+            _damage_of(part.path),
+            pq.ParquetFile(part.path, page_checksum_verification=True) as file,
+        ):
+            yield file
+    except OutputError as error:
+        if error.hint:  # an obstacle, not damage
+            raise
+        raise OutputError(
+            f"A part in {part.path.parent} cannot be used: {error}.",
+            hint="Move it away: a run without --retry-failed then does its rows again.",
+        ) from None
 
 
 @contextmanager

@@ -267,7 +267,7 @@ def _nothing_to_do(plan: "Plan", total: int, num_failed: int) -> str:
 
 
 def _failed(count: int) -> str:
-    return f", {count:,} of them failed" if count else ""
+    return f"; {count:,} of the folder's rows failed" if count else ""
 
 
 def _batch_lines(batches: Mapping[str, Any]) -> Iterator[str]:

@@ -10,11 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from glm4v_batch import parts
 from glm4v_batch.changes import source_path
-from glm4v_batch.errors import OutputError
 from glm4v_batch.output import Lock, result_row
 from glm4v_batch.parts import RESULT_FIELDS, Part
 from glm4v_batch.sources import Source
@@ -85,7 +83,7 @@ def find_retries(
     for part in committed:
         if not part.info.num_failed:
             continue
-        failed = _failed_rows(part)
+        failed = parts.failed_rows(part)
         codes.update(code for _, code in failed)
         chosen = sorted(row for row, code in failed if not wanted or code in wanted)
         path = moved.get(source_path(part), source_path(part))
@@ -94,19 +92,6 @@ def find_retries(
         if rows:
             found.append(Retry(part, Chunk(path, rows[0], rows[-1] - rows[0] + 1), rows))
     return Retries(tuple(found), dict(codes.most_common()), num_stuck)
-
-
-def _failed_rows(part: Part) -> list[tuple[int, str]]:
-    try:
-        with pq.ParquetFile(part.path, page_checksum_verification=True) as file:
-            table = file.read(columns=["row", "error_code"])
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(
-            f"{part.path} cannot be read: {error}.",
-            hint="Move it away: its rows are then done again by a run without --retry-failed.",
-        ) from None
-    failed = table.filter(pc.is_valid(table.column("error_code")))
-    return list(zip(failed.column("row").to_pylist(), failed.column("error_code").to_pylist(), strict=True))
 
 
 class Replacements:
@@ -120,8 +105,16 @@ class Replacements:
         self._open: dict[str, _OpenRetry] = {}
 
     def begin(self, retry: Retry) -> None:
-        """Expect results for the rows of *retry*."""
+        """Expect results for the rows of *retry*.
+
+        Raises OutputError, before any of them is done, where the part that they stand in cannot be read
+        to its end, or the disk has no room for those that are begun.
+        """
+        parts.read_rows(retry.part)
         self._open[retry.chunk.chunk_id] = _OpenRetry(retry)
+        with parts.refusing(self._lock.folder):
+            num_bytes = sum(begun.retry.part.path.stat().st_size for begun in self._open.values())
+        parts.check_room(self._lock.folder, num_bytes)
 
     def add(self, result: Result) -> Replaced | None:
         """Take a result in; the part that it completes, once that is durable, or None."""

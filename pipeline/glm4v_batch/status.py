@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from glm4v_batch.described import job_name
 from glm4v_batch.errors import OutputError
-from glm4v_batch.parts import STATE_FOLDER, Part, list_parts
+from glm4v_batch.parts import STATE_FOLDER, Part, failed_rows, list_parts
 from glm4v_batch.report import batch_figures, read_report, read_runs
 
 
@@ -54,6 +52,5 @@ def _failures(parts: list[Part]) -> dict[str, int]:
     codes: Counter[str] = Counter()
     for part in parts:
         if part.info.num_failed:
-            column = pq.read_table(part.path, columns=["error_code"]).column("error_code")
-            codes.update(code for code in column.to_pylist() if code is not None)
+            codes.update(code for _, code in failed_rows(part))
     return dict(codes.most_common())

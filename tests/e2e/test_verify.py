@@ -217,3 +217,18 @@ def test_a_part_made_to_eat_memory_is_a_fault_and_costs_less_than_1_gib(tmp_path
     assert verdict.returncode == 5
     assert "takes more memory to read than any part does" in verdict.stdout
     assert peak < GIB
+
+
+def test_a_run_with_nothing_to_do_still_says_where_the_source_is_now(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    source = make_source(20)
+    job = write_job(tmp_path / "job.yaml", source, tmp_path / "out")
+    assert run_command("run", job).returncode == 0
+    source.rename(tmp_path / "elsewhere")
+
+    again = run_command("run", job, "--set", f"source.path={tmp_path}/elsewhere/*.parquet")
+    verdict = run_command("verify", tmp_path / "out", "--source")
+
+    assert "Nothing to do" in again.stdout
+    assert verdict.returncode == 0, verdict.stdout + verdict.stderr

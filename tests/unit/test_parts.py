@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from glm4v_batch.parts import (
     FOOTER_KEY,
     FORMAT_VERSION,
     STATE_FOLDER,
+    Part,
     PartInfo,
     check_room,
     commit,
+    failed_rows,
     gaps,
     list_parts,
     part_name,
@@ -188,12 +191,57 @@ def test_the_rows_of_a_part_are_read_back_as_they_were_written(folder: Path) -> 
     assert read_rows(part).equals(table())
 
 
-def test_a_flipped_byte_in_a_page_is_refused_by_the_name_of_its_part(folder: Path) -> None:
-    part = commit(folder, table(), info())
+READERS = [read_rows, failed_rows]
+
+
+def with_failures() -> pa.Table:
+    codes = ["image_missing", None, "image_invalid"]
+    return pa.table({"row": pa.array([0, 1, 2], pa.int64()), "error_code": pa.array(codes, pa.string())})
+
+
+def test_failed_rows_are_read_with_their_codes(folder: Path) -> None:
+    part = commit(folder, with_failures(), info(num_failed=2))
+
+    assert failed_rows(part) == [(0, "image_missing"), (2, "image_invalid")]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_flipped_byte_in_a_page_is_refused_in_one_line_that_names_the_part_and_what_to_do(
+    folder: Path, read: Callable[[Part], object]
+) -> None:
+    part = commit(folder, with_failures(), info(num_failed=2))
     flip(part.path, 30)
 
-    with pytest.raises(OutputError, match=rf"{part.path.name} is damaged: .*CRC"):
-        read_rows(part)
+    with pytest.raises(
+        OutputError, match=rf"^A part in {folder} .*{part.path.name} is damaged: .*CRC.*$"
+    ) as e:
+        read(part)
+
+    assert "Move it away" in e.value.hint
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_part_that_cannot_be_opened_is_not_called_damaged(
+    folder: Path, read: Callable[[Part], object]
+) -> None:
+    part = commit(folder, with_failures(), info(num_failed=2))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot be read: Too many open files") as refusal:
+            read(part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    assert "The part itself may be whole" in refusal.value.hint
+
+
+def test_a_part_with_other_columns_has_no_failed_rows_to_tell(folder: Path) -> None:
+    part = commit(folder, table(), info(num_failed=2))
+
+    with pytest.raises(OutputError, match="has other columns than a part"):
+        failed_rows(part)
 
 
 def test_a_replaced_part_keeps_its_name_and_nothing_else(folder: Path) -> None:
