@@ -24,12 +24,14 @@ CALLS = {
 def seen_by_the_kernel(scene: Scene, disk: Path) -> Counter[str]:
     """Every successful call of the driver and all its children that changes *disk*, by kind."""
     log = disk.with_suffix(".strace")
-    traced = ["strace", "-f", "-y", "-o", str(log), "-e", f"trace=openat,open,creat,{','.join(CALLS)}"]
+    # A file for each thread: in one for all, calls that overlap stand in two halves.
+    traced = ["strace", "-ff", "-y", "-o", str(log), "-e", f"trace=openat,open,creat,{','.join(CALLS)}"]
     arguments = ["run", scene.job, "--set", f"output.path={out(disk)}"]
     subprocess.run([*traced, *command(*arguments)], cwd=ROOT, env=environment(scene), capture_output=True)
     counts: Counter[str] = Counter()
-    for line in log.read_text().splitlines():
-        found = re.match(r"\d+ +(\w+)\((.*)\) += \d", line)
+    lines = (line for file in log.parent.glob(f"{log.name}.*") for line in file.read_text().splitlines())
+    for line in lines:
+        found = re.match(r"(\w+)\((.*)\) += \d", line)
         if found and str(disk) in found[2]:
             name = found[1]
             if name in CALLS:
