@@ -25,6 +25,7 @@ from glm4v_batch.types import BatchRun, Device, PeakSample, Placement, Replica, 
 from glm4v_batch.units import GIB
 
 _DIGEST_CHARACTERS = 12
+_LARGER_THAN_SEEN = 1.25
 _GUESSED_IMPORT_SECONDS = 8.0
 _GUESSED_BYTES_PER_SECOND = 1e9
 # Measured on an H200 host: 8.4 GiB of layers in 1.3 s a step. A disk is guessed without the page cache.
@@ -109,12 +110,14 @@ def _refuse_unpackable(needs: ModelNeeds, placement: Placement) -> None:
 def packed_demand(job: Job, forecast: Forecast, replica: Replica) -> PackedDemand:
     """What the packed engine of *replica* is asked for."""
     has_gpu = replica.devices[0].index is not None
+    largest = max((size.visual_patches for size in forecast.survey.sizes), default=forecast.image_patches)
     return PackedDemand(
         needs=tuple(packed_needs(replica, forecast.needs)),
         max_rows=job.batching.max_batch_size or (GPU_ROWS if has_gpu else CPU_ROWS),
         typical=forecast.typical,
         worst=forecast.worst,
-        image_patches=forecast.image_patches,
+        # A larger one that comes is encoded too: the pool makes room for it.
+        image_patches=min(forecast.image_patches, int(_LARGER_THAN_SEEN * largest)),
     )
 
 

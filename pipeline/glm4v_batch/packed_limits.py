@@ -1,5 +1,6 @@
 """How much the packed engine may have in hand at once, so that everything fits each device of a replica."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,14 +11,18 @@ from glm4v_batch.units import format_bytes
 
 GPU_ROWS = 256
 CPU_ROWS = 32
-_PIECE_TOKENS = (2048, 1024, 512, 256, 64)
-_PATCHES = 16_384
+MOST_PIECE_TOKENS = 2048
+MOST_PATCHES = 16_384
+_PIECE_TOKENS = (64, 256, 512, 1024, MOST_PIECE_TOKENS)
+# Smaller calls of the vision tower are slower: the host launches as many kernels for each.
+_PATCHES = (MOST_PATCHES, MOST_PATCHES // 2, 0)
 _MARGIN = 1.05
 # Prompts whose images are encoded wait for about two steps' worth of tokens.
 _STEPS_AHEAD = 3
 # Requests longer than the typical one must find a place too.
 _POOL_PER_TYPICAL = 1.5
-_WORTH_SMALLER_PIECES = 1.25
+_WORTH_SMALLER_CALLS = 1.5
+_ROW_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +66,45 @@ class PackedDemand:
 
 
 def packed_limits(demand: PackedDemand, room_bytes: Sequence[int]) -> PackedLimits:
-    """The largest limits whose pool, features, and highest peak fit into *room_bytes* beside the weights.
+    """The limits with the largest pool that fits *room_bytes*, beside the weights, with features and peaks.
 
-    Prompts are taken in smaller pieces where that leaves much more room for requests. Raises PlacementError
+    Images are encoded fewer at a time where that leaves much more room for requests. Raises PlacementError
     where not even the worst request fits, piece by piece.
     """
-    most_tokens = _most_tokens(demand)
     best = PackedLimits(demand.max_rows, 0, 0, 0)
-    for piece_tokens in _PIECE_TOKENS:
-        for patches in sorted({max(demand.image_patches, _PATCHES), demand.image_patches}, reverse=True):
-            limits = PackedLimits(demand.max_rows, most_tokens, piece_tokens, patches)
-            tokens = [_pool_tokens(limits, *pair) for pair in zip(demand.needs, room_bytes, strict=True)]
-            found = replace(limits, pool_tokens=min(most_tokens, *tokens))
-            if found.pool_tokens > _WORTH_SMALLER_PIECES * best.pool_tokens:
-                best = found
+    for patches in dict.fromkeys(max(demand.image_patches, patches) for patches in _PATCHES):
+        found = _with_patches(demand, room_bytes, patches)
+        if found.pool_tokens > _WORTH_SMALLER_CALLS * best.pool_tokens:
+            best = found
     if best.pool_tokens < tokens_of(demand.worst):
         raise _no_room(tokens_of(demand.worst), best, room_bytes)
     return best
+
+
+def _with_patches(demand: PackedDemand, room_bytes: Sequence[int], patches: int) -> PackedLimits:
+    """With the shortest pieces that keep the rows full: longer ones take memory, and fewer rows then fit."""
+    for piece_tokens in _PIECE_TOKENS:
+        limits = PackedLimits(demand.max_rows, _most_tokens(demand), piece_tokens, patches)
+        # Fewer rows than are allowed may be all that the pool has room for, and they take less beside it.
+        for _ in range(2):
+            tokens = [_pool_tokens(limits, *pair) for pair in zip(demand.needs, room_bytes, strict=True)]
+            limits = replace(limits, pool_tokens=min(_most_tokens(demand), *tokens))
+            limits = replace(limits, max_rows=_rows_of(limits, demand))
+        if limits.pool_tokens and piece_tokens >= _rate(limits, demand.typical):
+            return limits
+    return limits
+
+
+def _rows_of(limits: PackedLimits, demand: PackedDemand) -> int:
+    """As many as the pool may hold: requests shorter than the typical one come too."""
+    rows = _POOL_PER_TYPICAL * limits.pool_tokens / tokens_of(demand.typical)
+    return min(demand.max_rows, _ROW_STEP * max(1, math.ceil(rows / _ROW_STEP)))
+
+
+def _rate(limits: PackedLimits, typical: RequestSize) -> float:
+    """Prompt tokens for a step, where as many come in as go out with those that have ended."""
+    rows = min(limits.max_rows, limits.pool_tokens / tokens_of(typical))
+    return rows * typical.prompt_tokens / typical.new_tokens
 
 
 def tokens_of(size: RequestSize) -> int:
@@ -92,12 +119,16 @@ def _most_tokens(demand: PackedDemand) -> int:
 
 
 def peak_bytes(limits: PackedLimits, needs: PackedNeeds) -> float:
-    """What a call of the vision tower or a step takes on a device at most, and the features that wait."""
+    """What a call of the vision tower and a step take on a device at most, and the features that wait.
+
+    Both are counted: steps that CUDA has recorded keep their memory while images are encoded.
+    """
     shapes = (
         BatchShape(0, 0, limits.patches, 0, 0),
         BatchShape(limits.max_rows, limits.piece_tokens + limits.max_rows, 0, 0, 0),
     )
-    return max(_bytes_of(shape, needs) for shape in shapes) + _feature_bytes(limits, needs)
+    works = sum(bytes_of(shape, needs, phase) for phase, shape in enumerate(shapes))
+    return works + _feature_bytes(limits, needs)
 
 
 def _pool_tokens(limits: PackedLimits, needs: PackedNeeds, room_bytes: int) -> int:
@@ -108,9 +139,10 @@ def _pool_tokens(limits: PackedLimits, needs: PackedNeeds, room_bytes: int) -> i
     return int(room / needs.pool_token_bytes) if needs.pool_token_bytes else limits.pool_tokens
 
 
-def _bytes_of(shape: BatchShape, needs: PackedNeeds) -> float:
+def bytes_of(shape: BatchShape, needs: PackedNeeds, phase: int) -> float:
+    """What work of *shape* takes on a device: phase 0 is a call of the vision tower, 1 a step."""
     features = (shape.batch_size, shape.padded_tokens, shape.visual_patches, 0, 0)
-    return float((needs.coefficients @ features).max())
+    return float(needs.coefficients[phase] @ features)
 
 
 def _feature_bytes(limits: PackedLimits, needs: PackedNeeds) -> int:

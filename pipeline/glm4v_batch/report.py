@@ -189,7 +189,22 @@ def batch_figures(runs: Collection[BatchRun]) -> dict[str, Any]:
         figures["budget_used_median"] = round(_quantile(used, 0.5), 4)
         figures["peak_bytes"] = max(max(run.peak_bytes) for run in measured)
         figures["reserved_beyond_peak_p95"] = round(_quantile(list(_beyond_peak(measured)), 0.95), 4)
-    return figures
+    return {**figures, **_device_seconds(runs)}
+
+
+def _device_seconds(runs: Collection[BatchRun]) -> dict[str, Any]:
+    """How long devices were at work, where the engine has measured it, and the share that they were idle."""
+    vision, steps = sum(run.vision_seconds for run in runs), sum(run.step_seconds for run in runs)
+    total = sum(run.seconds for run in runs)
+    if not steps:
+        return {}
+    return {
+        "seconds": round(total, 3),
+        "vision_seconds": round(vision, 3),
+        "step_seconds": round(steps, 3),
+        "compile_seconds": round(max(run.compile_seconds for run in runs), 3),
+        "idle_share": round(max(0.0, 1 - (vision + steps) / total), 4),
+    }
 
 
 def _beyond_peak(runs: Sequence[BatchRun]) -> Iterator[float]:

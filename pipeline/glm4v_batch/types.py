@@ -153,7 +153,11 @@ class PeakSample:
 
 @dataclass(frozen=True, slots=True)
 class BatchRun:
-    """What running one batch took: a line of `batches.jsonl`."""
+    """What running one batch took: a line of `batches.jsonl`.
+
+    The packed engine also says how long its devices were at work on images and on tokens, of all its
+    seconds, and what it took to compile; another engine says 0.
+    """
 
     shape: BatchShape
     predicted_bytes: tuple[int, ...]
@@ -165,6 +169,9 @@ class BatchRun:
     completion_tokens: int
     reserved_bytes: tuple[int, ...] = ()
     replica: int = 0
+    vision_seconds: float = 0.0
+    step_seconds: float = 0.0
+    compile_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

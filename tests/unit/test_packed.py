@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from glm4v_batch.activations import packed_coefficients
+from glm4v_batch.engines import packed_rows
 from glm4v_batch.engines.generate import GenerateEngine, Vocabulary
 from glm4v_batch.engines.packed import PackedEngine
+from glm4v_batch.engines.packed_graphs import Step, StepGraphs
 from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, prior_coefficients
@@ -268,3 +271,36 @@ def ends(events: Any) -> dict[int, tuple[str, str]]:
     """Text and finish reason of each completion, by row."""
     completions = [event for event in events if not isinstance(event, (BatchRun, BatchStart))]
     return {event.row: (event.text, event.finish_reason) for event in completions}
+
+
+class ReplayedOnTheHost(StepGraphs):
+    """Graphs whose replay computes again what is in the buffers: a CPU records nothing."""
+
+    num_captured = 0
+    num_replayed = 0
+
+    def _capture(self, step: Step) -> tuple[Any, Tensor]:
+        type(self).num_captured += 1
+        tokens = torch.full((len(step.last),), 7)
+
+        class Graph:
+            def replay(_) -> None:  # noqa: N805
+                ReplayedOnTheHost.num_replayed += 1
+                tokens.copy_(self._run(step))
+
+        return Graph(), tokens
+
+
+@pytest.mark.parametrize("limits", [LIMITS, FEW, replace(LIMITS, max_rows=5, piece_tokens=192)])
+def test_steps_filled_up_to_sizes_that_were_recorded_write_the_same(
+    limits: PackedLimits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = sample("caption")[1][:40]
+    monkeypatch.setattr(PackedModel, "has_graphs", True)
+    monkeypatch.setattr(packed_rows, "StepGraphs", ReplayedOnTheHost)
+    ReplayedOnTheHost.num_replayed = 0
+
+    found = texts(packed_engine("caption", limits=limits).run(iter(requests)))
+
+    assert found == texts(answers("caption", requests))
+    assert ReplayedOnTheHost.num_replayed > 10

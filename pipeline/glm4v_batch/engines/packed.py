@@ -20,9 +20,10 @@ from glm4v_batch.activations import FloatArray
 from glm4v_batch.engines import EngineEvent
 from glm4v_batch.engines.generate import Vocabulary, ran_out_of_memory
 from glm4v_batch.engines.packed_model import PackedModel
-from glm4v_batch.engines.packed_rows import NO_TOKEN, DecodeRows, Entry, Piece
+from glm4v_batch.engines.packed_rows import NO_TOKEN, DecodeRows, Entry, Piece, rounded_prompt
 from glm4v_batch.engines.packed_tally import Tally
 from glm4v_batch.engines.packed_work import Work, WorkImage, calls, images_of
+from glm4v_batch.engines.stopwatch import Stopwatch
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.intake import Intake
 from glm4v_batch.job import GenerationSettings
@@ -32,6 +33,7 @@ from glm4v_batch.sampling import row_seed
 from glm4v_batch.segments import Segments
 from glm4v_batch.types import BatchShape, BatchStart, Completion, Failure, PeakSample, Request
 
+_VISION, _STEP = "vision", "step"
 _ROW_STEP = 8
 _PIECE_STEP = 64
 _REPORT_SECONDS = 1.0
@@ -43,7 +45,7 @@ _GUESSED_ANSWERS = 4
 class PackedEngine:
     """Runs requests through *model*, as many side by side as *limits* let in.
 
-    *coefficients* are what `packed_coefficients` gives for each device.
+    *coefficients* are what `packed_coefficients` gives for each device. *compile_seconds* went by before.
 
     Memory that runs out lowers the limits: fewer patches or prompt tokens at a time, then a smaller pool,
     whose requests begin anew; one that does not fit even alone fails.
@@ -59,6 +61,7 @@ class PackedEngine:
         coefficients: Sequence[FloatArray],
         *,
         memory_fraction: float,
+        compile_seconds: float = 0.0,
     ) -> None:
         self._model = model
         self._vocabulary = vocabulary
@@ -71,6 +74,7 @@ class PackedEngine:
         self._encoded: deque[Work] = deque()
         self._failed: list[Failure] = []
         self._answers = _Answers()
+        self._compile_seconds = compile_seconds
         self._first_pool_tokens = limits.pool_tokens
         self._first_limit_bytes = meter.limit_bytes()
         self._fill(limits)
@@ -85,12 +89,14 @@ class PackedEngine:
         self._launched: deque[_Arriving] = deque()
         self._segments = Segments(limits.pool_tokens)
         model = self._model
-        pool = model.make_pool(limits.pool_tokens, limits.max_rows)
+        # A place of its own for each row that does not live, and one for padding.
+        pool = model.make_pool(limits.pool_tokens, limits.max_rows + 1)
         self._rows = DecodeRows(
             model, pool, limits.max_rows, self._generation, self._vocabulary.eos_token_ids
         )
         self._memory = MemoryModel(self._meter.held_bytes(), self._coefficients)
-        self._tally = Tally()
+        self._tally = Tally(compile_seconds=self._compile_seconds)
+        self._stopwatch = Stopwatch(model.device)
 
     def drain(self) -> None:
         """See `Engine.drain`: what decodes is answered, what does not yet is dropped."""
@@ -197,9 +203,9 @@ class PackedEngine:
 
     def _encode_call(self, call: Sequence[WorkImage]) -> Sequence[Tensor] | None:
         patches, grids = [image.patches for image in call], [image.grid for image in call]
-        found, sample = self._measured(
-            lambda: self._model.encode(patches, grids), BatchShape(0, 0, sum(map(len, patches)), 0, 0)
-        )
+        shape = BatchShape(0, 0, sum(map(len, patches)), 0, 0)
+        with self._stopwatch.time(_VISION):
+            found, sample = self._measured(lambda: self._model.encode(patches, grids), shape)
         self._tally.add_call(sample, self._meter.reserved_bytes())
         merged = self._model.merge_size**2
         return None if found is None else torch.split(found, [len(image) // merged for image in patches])
@@ -220,8 +226,7 @@ class PackedEngine:
         """
         prompt, answer = self._answers.mean_prompt_tokens, self._answers.mean_answer_tokens
         rows = min(self._limits.max_rows, self._limits.pool_tokens / (prompt + answer))
-        steps = math.ceil(rows * prompt / answer / _PIECE_STEP)
-        return min(steps * _PIECE_STEP, self._limits.piece_tokens)
+        return min(rounded_prompt(math.ceil(rows * prompt / answer)), self._limits.piece_tokens)
 
     def _step(self) -> bool:
         """Launch a step, if there is anything to do; whether it was launched."""
@@ -229,12 +234,12 @@ class PackedEngine:
         rows = [w.row for w in self._by_row if w is not None and (w.decodes or w.num_left)]
         if not rows:
             return False
-        num_rows = min(_rounded_up(max(rows) + 1, _ROW_STEP), len(self._by_row))
+        num_rows = self._rounded_rows(max(rows) + 1)
         num_prompt = sum(num_tokens for _, num_tokens in pieces)
-        tokens, sample = self._measured(
-            lambda: self._enter_and_step([work.piece(num) for work, num in pieces], num_rows),
-            BatchShape(num_rows, num_prompt + num_rows, 0, 0, 0),
-        )
+        shape = BatchShape(num_rows, num_prompt + num_rows, 0, 0, 0)
+        in_hand = [work.piece(num_tokens) for work, num_tokens in pieces]
+        with self._stopwatch.time(_STEP):
+            tokens, sample = self._measured(lambda: self._enter_and_step(in_hand, num_rows), shape)
         self._tally.add_step(sample, self._meter.reserved_bytes(), num_prompt if tokens is not None else 0)
         if tokens is None:
             self._expect_less_of_steps(num_prompt)
@@ -242,6 +247,12 @@ class PackedEngine:
         self._note_launched(pieces)
         self._launched.append(_Arriving(tokens))
         return True
+
+    def _rounded_rows(self, num_rows: int) -> int:
+        """One of few numbers of rows, so that few graphs serve all; what does not live costs little."""
+        most = len(self._by_row)
+        halves = (_rounded_up(most >> times, _ROW_STEP) for times in range(most.bit_length() - 1, -1, -1))
+        return min(most, next(number for number in halves if number >= num_rows))
 
     def _compose(self) -> list[tuple[Work, int]]:
         """The next pieces of prompts and their lengths; requests enter where rows and pool allow."""
@@ -288,8 +299,7 @@ class PackedEngine:
     def _enter_and_step(self, pieces: Sequence[Piece], num_rows: int) -> Tensor:
         if self._entering:
             self._rows.enter([self._entry(work) for work in self._entering])
-        most_keys = max(work.num_pool_tokens for work in filter(None, self._by_row))
-        return self._rows.step(pieces, num_rows, most_keys)
+        return self._rows.step(pieces, num_rows)
 
     def _entry(self, work: Work) -> Entry:
         request = work.request
@@ -402,6 +412,8 @@ class PackedEngine:
     def _reported(self) -> EngineEvent:
         """The line of what ran since the last one; by it the pool yields where others took the memory."""
         budget = tuple(int(limit * self._memory_fraction) for limit in self._meter.limit_bytes())
+        for name, seconds in self._stopwatch.ended():
+            self._tally.add_seconds(is_vision=name == _VISION, seconds=seconds)
         run = self._tally.as_run(self._memory, budget)
         for sample in (self._tally.largest_call, self._tally.largest_step):
             if sample is not None:

@@ -1,15 +1,16 @@
 """Attention without padding: many sequences side by side on one token axis, keys and values in a pool.
 
-Transformers' own modules call it, under two names that it is registered by. On a GPU flash attention
-reads the pool in place, through the aten operator that also serves torch's own varlen attention: keys
-begin where they are told to and are as long as they are told. Elsewhere, and for types that flash
-attention lacks, scaled dot products run sequence by sequence, with the same results.
+Transformers' own modules call it, under two names that it is registered by. On a GPU a Triton kernel
+reads the pool in place. Elsewhere, and for types that the kernel lacks, scaled dot products run sequence
+by sequence, with the same results.
 """
 
-# T packed tokens, N of them prompts, S prompt pieces, R rows that decode, H query heads, K key-value
-# heads, G query heads of one key-value head, D head_dim, P tokens of the pool
+# T packed tokens, N of them prompts, S sequences, H query heads, K key-value heads, D head_dim, P tokens
+# of the pool
 
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,8 @@ TEXT_ATTENTION = "glm4v_batch_packed"
 # Transformers packs the images of a call for implementations whose name has this word in it.
 VISION_ATTENTION = "glm4v_batch_flash"
 
-_FLASH_TYPES = (torch.bfloat16, torch.float16)
+_KERNEL_TYPES = (torch.bfloat16, torch.float16)
+_KERNEL_WIDTHS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Sequences:
     """Some sequences, one after another on the token axis, and where each one's keys lie in the pool.
 
     ends        int32 [S + 1], where each sequence begins among the tokens, and the end
-    key_starts  int32 [S + 1], where each sequence's keys begin in the pool; the last entry is not used
+    key_starts  int32 [S], where each sequence's keys begin in the pool
     key_counts  int32 [S], how many keys each sequence's last token sees, itself among them
     longest     the most tokens that any of them has
     """
@@ -51,22 +53,27 @@ class Sequences:
 class Packing:
     """What attention must know of one step: first *num_prompt* tokens of prompts, then one for each row.
 
-    writes     int64 [T], the place in the pool of each token's key and value
-    pieces     the pieces of prompts
-    rows       the rows that decode; each one's query heads stand in for tokens, G of them
-    most_keys  no token sees more
+    writes  int64 [T], the place in the pool of each token's key and value
+    pieces  the pieces of prompts
+    rows    the rows that decode, of one token each
     """
 
     writes: Tensor
     num_prompt: int
     pieces: Sequences
     rows: Sequences
-    most_keys: int
 
     def to(self, device: torch.device) -> "Packing":
         """The same on *device*."""
         writes = self.writes.to(device, non_blocking=True)
         return replace(self, writes=writes, pieces=self.pieces.to(device), rows=self.rows.to(device))
+
+
+@cache
+def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel serves there: a GPU, values of 16 bits, a power of two, and a torch with Triton."""
+    fits = dtype in _KERNEL_TYPES and head_dim in _KERNEL_WIDTHS
+    return device.type == "cuda" and fits and find_spec("triton") is not None
 
 
 def register() -> None:
@@ -75,97 +82,97 @@ def register() -> None:
     AttentionInterface.register(VISION_ATTENTION, _vision_attention)
 
 
+@dataclass(slots=True)
+class InHand:
+    """What a layer's attention works with: its keys and values [P, K, D] in the pool, and the step's packing.
+
+    It hangs on the layer's attention module. As arguments of the layer, torch would look at every tensor
+    of it at every call of a compiled layer, and compile anew for what does not matter there.
+    """
+
+    keys: Tensor
+    values: Tensor
+    packing: Packing
+
+
 # Compiled layers stop here, and know nothing of pool and packing.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _text_attention(
-    _module: torch.nn.Module,
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,  # noqa: ARG001  transformers passes it, as None
     *,
     scaling: float,
-    keys: Tensor,
-    values: Tensor,
-    packing: Packing,
     **_others: Any,
 ) -> tuple[Tensor, None]:
     """The packed answer [1, T, H, D] to *query* [1, H, T, D], *key* and *value* [1, K, T, D]."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return attend(q, k, v, keys, values, packing, scaling)[None], None
+    in_hand: Any = module.in_hand
+    return attend(q, k, v, in_hand, scaling)[None], None
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packing: Packing, scaling: float
-) -> Tensor:
-    """Write *key* and *value* [T, K, D] to the pool [P, K, D], and attend there with *query* [T, H, D]."""
+def attend(query: Tensor, key: Tensor, value: Tensor, in_hand: InHand, scaling: float) -> Tensor:
+    """Write *key* and *value* [T, K, D] to the pool, and attend there with *query* [T, H, D]."""
+    keys, values, packing = in_hand.keys, in_hand.values, in_hand.packing
     keys.index_copy_(0, packing.writes, key)
     values.index_copy_(0, packing.writes, value)
     num_prompt = packing.num_prompt
     answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_prompt:
-        answer[:num_prompt] = _varlen(
-            query[:num_prompt], keys, values, packing.pieces, packing.most_keys, scaling, is_causal=True
-        )
+        of_prompts = (answer[:num_prompt], query[:num_prompt], keys, values, packing.pieces, scaling)
+        _attend_pieces(*of_prompts, is_causal=True)
     if num_prompt < len(query):
-        grouped = _heads_to_tokens(query[num_prompt:], keys.shape[1])
-        rows = _varlen(grouped, keys, values, packing.rows, packing.most_keys, scaling, is_causal=False)
-        answer[num_prompt:] = _tokens_to_heads(rows, query.shape[1] // keys.shape[1])
+        _attend_rows(answer[num_prompt:], query[num_prompt:], keys, values, packing.rows, scaling)
     return answer
 
 
-def _heads_to_tokens(query_RHD: Tensor, num_key_heads: int) -> Tensor:
-    """[R·G, K, D]: query heads that share a key head as tokens of it, so that its keys are read once."""
-    rows, heads, width = query_RHD.shape
-    grouped = query_RHD.reshape(rows, num_key_heads, heads // num_key_heads, width)
-    return grouped.transpose(1, 2).reshape(-1, num_key_heads, width)
-
-
-def _tokens_to_heads(answer: Tensor, group: int) -> Tensor:
-    num_key_heads, width = answer.shape[1:]
-    rows = answer.view(-1, group, num_key_heads, width)
-    return rows.transpose(1, 2).reshape(len(rows), -1, width)
-
-
-def _varlen(
+def _attend_pieces(
+    answer: Tensor,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     sequences: Sequences,
-    most_keys: int,
     scaling: float,
     *,
     is_causal: bool,
-) -> Tensor:
+) -> None:
     """Attention of each sequence's queries to its own stretch of *keys*; causal from the last one back."""
-    if query.is_cuda and query.dtype in _FLASH_TYPES:
-        return _flash(query, keys, values, sequences, most_keys, scaling, is_causal=is_causal)
-    answer = torch.empty_like(query)
+    if has_kernel(query.device, query.dtype, query.shape[2]):
+        from glm4v_batch.engines.attention_kernel import attend_pieces
+
+        attend_pieces(answer, query, keys, values, sequences, scaling, is_causal=is_causal)
+    else:
+        _attend_each(answer, query, keys, values, sequences, scaling, is_causal=is_causal)
+
+
+def _attend_rows(
+    answer: Tensor, query: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, scaling: float
+) -> None:
+    if has_kernel(query.device, query.dtype, query.shape[2]):
+        from glm4v_batch.engines.attention_kernel import attend_rows
+
+        attend_rows(answer, query, keys, values, sequences, scaling)
+    else:
+        _attend_each(answer, query, keys, values, sequences, scaling, is_causal=False)
+
+
+def _attend_each(
+    answer: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sequences: Sequences,
+    scaling: float,
+    *,
+    is_causal: bool,
+) -> None:
     starts, counts = sequences.key_starts.tolist(), sequences.key_counts.tolist()
     for place, (begin, end) in enumerate(pairwise(sequences.ends.tolist())):
         if begin < end:
             seen = slice(starts[place], starts[place] + counts[place])
             answer[begin:end] = _one(query[begin:end], keys[seen], values[seen], scaling, is_causal=is_causal)
-    return answer
-
-
-def _flash(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sequences: Sequences,
-    most_keys: int,
-    scaling: float,
-    *,
-    is_causal: bool,
-) -> Tensor:
-    # torch.nn.attention.varlen calls the same operator, but lacks grouped queries before torch 2.12.
-    flash = torch.ops.aten._flash_attention_forward  # noqa: SLF001  the operator's own name
-    answer: Tensor = flash(
-        query, keys, values, sequences.ends, sequences.key_starts, sequences.longest, most_keys,
-        0.0, is_causal, False, scale=scaling, seqused_k=sequences.key_counts,
-    )[0]  # fmt: skip
-    return answer
 
 
 def _one(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, is_causal: bool) -> Tensor:
@@ -180,7 +187,6 @@ def _one(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, is_causal
     return answer[0].transpose(0, 1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _vision_attention(
     _module: torch.nn.Module,
     query: Tensor,
@@ -195,6 +201,20 @@ def _vision_attention(
 ) -> tuple[Tensor, None]:
     """The packed answer [1, T, H, D] of every image's patches to each other; all inputs [1, H, T, D]."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    ends = cu_seq_lens_q
-    images = Sequences(ends, ends, ends.diff(), max_length_q)
-    return _varlen(q, k, v, images, max_length_q, scaling, is_causal=False)[None], None
+    return _attend_images(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
+
+
+# An operator of torch's, so that a block of the vision tower compiles in one piece around it.
+@torch.library.custom_op("glm4v_batch::attend_images", mutates_args=())
+def _attend_images(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float
+) -> Tensor:
+    images = Sequences(ends, ends[:-1], ends.diff(), longest)
+    answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    _attend_pieces(answer, query, key, value, images, scaling, is_causal=False)
+    return answer
+
+
+@_attend_images.register_fake
+def _(query: Tensor, _key: Tensor, _value: Tensor, _ends: Tensor, _longest: int, _scaling: float) -> Tensor:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)

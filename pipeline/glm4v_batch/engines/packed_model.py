@@ -12,9 +12,18 @@ from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_position_ids
 
 from glm4v_batch.engines.generate import normalise
-from glm4v_batch.engines.packed_attention import TEXT_ATTENTION, VISION_ATTENTION, Packing, register
+from glm4v_batch.engines.packed_attention import (
+    TEXT_ATTENTION,
+    VISION_ATTENTION,
+    InHand,
+    Packing,
+    has_kernel,
+    register,
+)
 from glm4v_batch.kv_pool import KVPool, make_pool
 from glm4v_batch.types import GridTHW
+
+_MOST_COMPILED = 64
 
 FAMILIES = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
 """The model types whose modules are called as here."""
@@ -53,6 +62,7 @@ class PackedModel:
         self._visual.config._attn_implementation = VISION_ATTENTION  # noqa: SLF001
         if len(set(self.layer_devices)) > 1 or getattr(model, "hf_device_map", {}):
             _take_hooks_off(self._text, self._head)
+        _see_through_whole(self._visual.patch_embed)
         self._temporal_patch_size = temporal_patch_size
         self._table = table.to(self.vision_device)
 
@@ -73,9 +83,23 @@ class PackedModel:
         return size
 
     @property
+    def patch_values(self) -> int:
+        """The bytes of a patch: channels × patch²."""
+        config = self._visual.config
+        return int(config.in_channels * config.patch_size**2)
+
+    @property
     def layer_devices(self) -> list[torch.device]:
         """Where each layer of the decoder lies."""
         return [_device_of(layer) for layer in self.layers]
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether a step runs without the host's help, so that CUDA can record it."""
+        head_dim = self.layers[0].self_attn.head_dim
+        is_whole = set(self.layer_devices) == {self.device, self.vision_device}
+        is_plain = not hasattr(self.model, "hf_quantizer") and "moe" not in self.text_config.model_type
+        return is_whole and is_plain and has_kernel(self.device, self.dtype, head_dim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,14 +156,8 @@ class PackedModel:
         for layer, keys, values in zip(self.layers, pool.keys, pool.values, strict=True):
             if stage.hidden.device != keys.device:
                 stage = stage.to(keys.device)
-            hidden = layer(
-                stage.hidden,
-                position_embeddings=stage.rotary,
-                attention_mask=None,
-                keys=keys,
-                values=values,
-                packing=stage.packing,
-            )
+            _give(layer.self_attn, keys, values, stage.packing)
+            hidden = layer(stage.hidden, position_embeddings=stage.rotary, attention_mask=None)
             stage = replace(stage, hidden=hidden)
         return stage.hidden[0]
 
@@ -152,8 +170,36 @@ class PackedModel:
 
     def compile(self, backend: str = "inductor") -> None:
         """Have the layers and the blocks of the vision tower compiled at their first call."""
+        # Each device, and sizes of other divisors, are compiled anew; beyond the limit nothing would be.
+        torch._dynamo.config.recompile_limit = _MOST_COMPILED  # noqa: SLF001  the documented setting
         for module in (*self.layers, *self._visual.blocks):
             module.compile(dynamic=True, backend=backend)
+
+
+def _give(attention: Any, keys: Tensor, values: Tensor, packing: Packing) -> None:
+    """Let *attention* find there what it works with."""
+    in_hand = getattr(attention, "in_hand", None)
+    if in_hand is None:
+        attention.in_hand = InHand(keys, values, packing)
+    else:
+        # Not another object: compiled code looks whether a module's attributes are what they were.
+        in_hand.keys, in_hand.values, in_hand.packing = keys, values, packing
+
+
+class _WholeKernel(torch.nn.Module):
+    """A convolution whose kernel covers all that there is: a product of matrices, several times as fast."""
+
+    def __init__(self, convolution: torch.nn.Module) -> None:
+        super().__init__()
+        self.weight: Any = convolution.weight
+        self.bias: Any = convolution.bias
+
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.nn.functional.linear(values.flatten(1), self.weight.flatten(1), self.bias)
+
+
+def _see_through_whole(patch_embed: Any) -> None:
+    patch_embed.proj = _WholeKernel(patch_embed.proj)
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:

@@ -1,15 +1,17 @@
 """The rows that decode, and one packed step of them: everything stays on the device."""
 
-# R rows, T tokens of a step, N of them of prompts, F visual tokens, D hidden size, V vocabulary
+# R rows, T tokens of a step, N of them of prompts, S pieces, F visual tokens, D hidden size, V vocabulary
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from glm4v_batch.engines.packed_attention import Packing, Sequences
+from glm4v_batch.engines.packed_graphs import Step, StepGraphs
 from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.kv_pool import KVPool
@@ -17,6 +19,10 @@ from glm4v_batch.next_tokens import RowHistory, next_tokens
 
 NO_TOKEN = -1
 """Stands for a row that has no next token."""
+
+_FEWEST_PIECES = 4
+_SHORT_PROMPT = 512
+_SHORT_STEP, _LONG_STEP = 64, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,47 @@ class Entry:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """How much a step has in hand: pieces of prompts, their tokens, rows."""
+
+    num_pieces: int
+    num_prompt: int
+    num_rows: int
+
+    def rounded_up(self) -> "StepSizes":
+        """One of few sizes, so that few graphs serve all steps. A piece more takes what is filled up."""
+        num_pieces = max(_FEWEST_PIECES, 1 << self.num_pieces.bit_length()) if self.num_pieces else 0
+        return StepSizes(num_pieces, rounded_prompt(self.num_prompt), self.num_rows)
+
+
+def rounded_prompt(num_tokens: int) -> int:
+    """*num_tokens* of prompts rounded up to one of the sizes that steps have."""
+    step = _SHORT_STEP if num_tokens <= _SHORT_PROMPT else _LONG_STEP
+    return -(-num_tokens // step) * step
+
+
+class _Numbers(NamedTuple):
+    """What the host knows of a step, int64: it travels as one tensor.
+
+    input_ids     [N] of the prompts' tokens
+    writes        [N], their places in the pool
+    positions     [3 × N]
+    last          [R], which token speaks for each row
+    is_fresh      [R], whether the row's prompt ends here
+    pieces        [3 × (S + 1)]: where each begins, where its keys begin, how many its last token sees
+    image_places  [F], which tokens stand for images
+    """
+
+    input_ids: Tensor
+    writes: Tensor
+    positions: Tensor
+    last: Tensor
+    is_fresh: Tensor
+    pieces: Tensor
+    image_places: Tensor
+
+
 class DecodeRows:
     """What the device knows of each row, and the step that moves all of them by one token."""
 
@@ -76,13 +123,13 @@ class DecodeRows:
         self._token, self._start, self._index, self._offset, self._made, self._limit, self._seed = numbers
         self._is_live = torch.zeros(max_rows, dtype=torch.bool, device=device)
         self._scratch = pool.num_tokens + torch.arange(max_rows, device=device)
+        self._ends = torch.arange(max_rows + 1, device=device, dtype=torch.int32)
         self._eos = torch.tensor(list(eos_token_ids), device=device)
         self._seen: Tensor | None = None
         if generation.repetition_penalty != 1:
             vocabulary = model.text_config.vocab_size
             self._seen = torch.zeros(max_rows, vocabulary, dtype=torch.bool, device=device)
-        text = model.text_config
-        self._group = text.num_attention_heads // text.num_key_value_heads
+        self._graphs = StepGraphs(self._tokens_of) if model.has_graphs else None
 
     def enter(self, entries: Sequence[Entry]) -> None:
         """Set rows up for new requests. They decode once a piece has ended their prompt."""
@@ -103,50 +150,55 @@ class DecodeRows:
         """Let no row decode any more."""
         self._is_live.zero_()
 
-    def step(self, pieces: Sequence[Piece], num_rows: int, most_keys: int) -> Tensor:
+    def step(self, pieces: Sequence[Piece], num_rows: int) -> Tensor:
         """Prefill *pieces*, decode the live ones of the first *num_rows* rows.
 
-        *most_keys* is the length that no row and no prompt exceeds. Returns the next token of each row,
-        int64 [R] on the device, or NO_TOKEN. Nothing of a row changes before the end, so that a step that
-        ran out of memory can be taken again.
+        Returns the next token of each row, int64 [R] on the device, or NO_TOKEN. Nothing of a row changes
+        before the end, so that a step that ran out of memory can be taken again.
         """
-        host = _HostStep(pieces, num_rows)
-        numbers = self._send(host.numbers)
-        ids_N, writes_N, places_F, last_R, is_fresh_R = torch.split(numbers[: host.num_lengths], host.lengths)
-        positions_3N = numbers[host.num_lengths :].view(3, -1)
-        embeds = self._model.embed(torch.cat([ids_N, self._token[:num_rows]]))
-        if len(places_F):
-            features = torch.cat([piece.features for piece in pieces if piece.features is not None])
-            embeds.index_copy_(0, places_F, features.to(embeds.dtype))
-        positions_R = (self._index + self._offset)[:num_rows].expand(3, -1)
-        hidden = self._model.forward(
-            embeds,
-            torch.cat([positions_3N, positions_R], dim=1),
-            self._packing(host, writes_N, num_rows, most_keys),
-            self._pool,
+        num_prompt = sum(len(piece.input_ids) for piece in pieces)
+        sizes = StepSizes(len(pieces), num_prompt, num_rows)
+        if self._graphs:
+            # What a graph is made for must not depend on how the prompt's tokens are shared out.
+            sizes = sizes.rounded_up()
+        # Behind the rows' own places there is one more, which nothing reads but what is thrown away.
+        on_host, lengths = _numbers_of(
+            pieces, sizes, padding_place=self._pool.num_tokens + len(self._is_live)
         )
-        tokens_R = self._choose(self._model.logits(hidden, last_R), num_rows)
-        return self._advance(tokens_R, is_fresh_R.bool())
+        numbers = _Numbers(*torch.split(self._send(on_host), lengths))
+        longest = sizes.num_prompt if self._graphs else max((len(p.input_ids) for p in pieces), default=0)
+        step = self._step_of(pieces, numbers, longest)
+        tokens_R = self._graphs.run(step) if self._graphs else self._tokens_of(step)
+        return self._advance(tokens_R, numbers.is_fresh.bool())
 
-    def _packing(self, host: "_HostStep", writes_N: Tensor, num_rows: int, most_keys: int) -> Packing:
+    def _step_of(self, pieces: Sequence[Piece], numbers: _Numbers, longest: int) -> Step:
+        num_rows = len(numbers.last)
+        embeds = self._model.embed(torch.cat([numbers.input_ids, self._token[:num_rows]]))
+        features = [piece.features for piece in pieces if piece.features is not None]
+        if features:
+            embeds.index_copy_(0, numbers.image_places, torch.cat(features).to(embeds.dtype))
+        positions_R = (self._index + self._offset)[:num_rows].expand(3, -1)
+        positions = torch.cat([numbers.positions.view(3, -1), positions_R], dim=1)
+        return Step(embeds, positions, self._packing(numbers, longest), numbers.last)
+
+    def _packing(self, numbers: _Numbers, longest: int) -> Packing:
+        num_rows = len(numbers.last)
         is_live, scratch = self._is_live[:num_rows], self._scratch[:num_rows]
         start, index = self._start[:num_rows], self._index[:num_rows]
         # What does not live writes behind the pool, and reads itself there.
         row_keys = torch.where(is_live, start, scratch)
         row_sizes = torch.where(is_live, index + 1, 1)
-        ends, key_starts, key_counts = self._send(host.pieces).int()
+        begins, key_starts, key_counts = numbers.pieces.view(3, -1).int()
         return Packing(
-            writes=torch.cat([writes_N, row_keys + row_sizes - 1]),
-            num_prompt=host.num_prompt,
-            pieces=Sequences(ends, key_starts, key_counts[:-1], host.longest),
-            rows=Sequences(
-                ends=(torch.arange(num_rows + 1, device=start.device) * self._group).int(),
-                key_starts=torch.nn.functional.pad(row_keys, (0, 1)).int(),
-                key_counts=row_sizes.int(),
-                longest=self._group,
-            ),
-            most_keys=most_keys,
+            writes=torch.cat([numbers.writes, row_keys + row_sizes - 1]),
+            num_prompt=len(numbers.input_ids),
+            pieces=Sequences(begins, key_starts[:-1], key_counts[:-1], longest),
+            rows=Sequences(self._ends[: num_rows + 1], row_keys.int(), row_sizes.int(), longest=1),
         )
+
+    def _tokens_of(self, step: Step) -> Tensor:
+        hidden = self._model.forward(step.embeds, step.positions, step.packing, self._pool)
+        return self._choose(self._model.logits(hidden, step.last), len(step.last))
 
     def _choose(self, logits_RV: Tensor, num_rows: int) -> Tensor:
         seen = None if self._seen is None else self._seen[:num_rows]
@@ -177,38 +229,35 @@ class DecodeRows:
         return tensor
 
 
-class _HostStep:
-    """What the host knows of a step, ready to be sent in one piece.
+def _numbers_of(pieces: Sequence[Piece], sizes: StepSizes, padding_place: int) -> tuple[Tensor, list[int]]:
+    """The numbers one after another, and how many there are of each kind.
 
-    *numbers* holds, one after another: ids [N], places in the pool [N], places of images [F], which token
-    speaks for each row [R], whether the row's prompt ends here [R], positions [3 × N]. *pieces* is int64
-    [3, S + 1]: where each piece begins, where its keys begin, how many its last token sees.
+    Tokens that *sizes* has beyond those of *pieces* are one more piece, which writes to *padding_place*.
     """
-
-    def __init__(self, pieces: Sequence[Piece], num_rows: int) -> None:
-        sizes = [len(piece.input_ids) for piece in pieces]
-        begins = list(accumulate(sizes, initial=0))
-        self.num_prompt = begins[-1]
-        self.longest = max(sizes, default=0)
-        last = torch.arange(num_rows) + self.num_prompt
-        is_fresh = torch.zeros(num_rows, dtype=torch.int64)
-        for piece, end in zip(pieces, begins[1:], strict=True):
-            if piece.ends_prompt:
-                last[piece.row], is_fresh[piece.row] = end - 1, 1
-        none = torch.zeros(0, dtype=torch.int64)
-        places = [p.image_places + begin for p, begin in zip(pieces, begins, strict=False)]
-        writes = [p.pool_place + torch.arange(size) for p, size in zip(pieces, sizes, strict=True)]
-        parts = [
-            torch.cat([none, *(piece.input_ids for piece in pieces)]),
-            torch.cat([none, *writes]),
-            torch.cat([none, *places]),
-            last,
-            is_fresh,
-        ]
-        self.lengths = [len(part) for part in parts]
-        self.num_lengths = sum(self.lengths)
-        positions = torch.cat([none.expand(3, 0), *(piece.positions for piece in pieces)], dim=1)
-        self.numbers = torch.cat([*parts, positions.flatten()])
-        keys = [piece.pool_place - piece.num_before for piece in pieces]
-        seen = [piece.num_before + size for piece, size in zip(pieces, sizes, strict=True)]
-        self.pieces = torch.tensor([begins, [*keys, 0], [*seen, 0]])
+    num_images = sum(len(piece.image_places) for piece in pieces)
+    prompt, rows, slots = sizes.num_prompt, sizes.num_rows, sizes.num_pieces + 1
+    lengths = [prompt, prompt, 3 * prompt, rows, rows, 3 * slots, num_images]
+    numbers = np.zeros(sum(lengths), dtype=np.int64)
+    ids, writes, positions, last, is_fresh, of_pieces, image_places = np.split(
+        numbers, np.cumsum(lengths[:-1])
+    )
+    positions = positions.reshape(3, prompt)
+    begins, key_starts, key_counts = of_pieces.reshape(3, slots)
+    last[:] = np.arange(prompt, prompt + rows)
+    begin = image = 0
+    for place, piece in enumerate(pieces):
+        size, num_places = len(piece.input_ids), len(piece.image_places)
+        end = begin + size
+        ids[begin:end] = piece.input_ids
+        writes[begin:end] = np.arange(piece.pool_place, piece.pool_place + size)
+        positions[:, begin:end] = piece.positions
+        image_places[image : image + num_places] = piece.image_places.numpy() + begin
+        begins[place], key_starts[place] = begin, piece.pool_place - piece.num_before
+        key_counts[place] = piece.num_before + size
+        if piece.ends_prompt:
+            last[piece.row], is_fresh[piece.row] = end - 1, 1
+        begin, image = end, image + num_places
+    begins[len(pieces)], begins[len(pieces) + 1 :] = begin, prompt
+    if begin < prompt:
+        writes[begin:], key_starts[len(pieces)], key_counts[len(pieces)] = padding_place, padding_place, 1
+    return torch.from_numpy(numbers), lengths

@@ -12,7 +12,8 @@ from glm4v_batch.types import BatchRun, BatchShape, PeakSample
 class Tally:
     """What has run since the last line.
 
-    *largest_call* and *largest_step* are what each kind of work measured where it took most.
+    *largest_call* and *largest_step* are what each kind of work measured where it took most; the
+    seconds of either are those that the device was at it.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -25,6 +26,9 @@ class Tally:
     largest_call: PeakSample | None = None
     largest_step: PeakSample | None = None
     is_out_of_memory: bool = False
+    vision_seconds: float = 0.0
+    step_seconds: float = 0.0
+    compile_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -44,6 +48,13 @@ class Tally:
         self.prompt_tokens += prompt_tokens
         self.largest_step = _larger(self.largest_step, sample)
         self._add(sample, reserved_bytes)
+
+    def add_seconds(self, seconds: float, *, is_vision: bool) -> None:
+        """Count what the device was at work."""
+        if is_vision:
+            self.vision_seconds += seconds
+        else:
+            self.step_seconds += seconds
 
     def _add(self, sample: PeakSample, reserved_bytes: tuple[int, ...]) -> None:
         self.reserved_bytes = tuple(map(max, reserved_bytes, self.reserved_bytes or reserved_bytes))
@@ -73,6 +84,9 @@ class Tally:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             reserved_bytes=self.reserved_bytes,
+            vision_seconds=self.vision_seconds,
+            step_seconds=self.step_seconds,
+            compile_seconds=self.compile_seconds,
         )
 
 

@@ -1,0 +1,118 @@
+"""Let a model do its largest work once before it counts: what compiles compiles, and memory is measured."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from glm4v_batch.engines.generate import ran_out_of_memory
+from glm4v_batch.engines.packed_model import PackedModel
+from glm4v_batch.engines.packed_rows import DecodeRows, Piece
+from glm4v_batch.kv_pool import KVPool
+from glm4v_batch.memory import Meter
+from glm4v_batch.packed_limits import MOST_PATCHES, MOST_PIECE_TOKENS, PackedDemand, PackedNeeds, bytes_of
+from glm4v_batch.types import BatchShape
+
+MakeRows = Callable[[KVPool, int], DecodeRows]
+"""Makes rows, so many, that decode in a pool."""
+
+_VISION_PHASE, _STEP_PHASE = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class WarmedUp:
+    """*demand* with the memory that work really takes, and the seconds that went into compiling."""
+
+    demand: PackedDemand
+    compile_seconds: float
+
+
+@torch.inference_mode()
+def warm_up(model: PackedModel, make_rows: MakeRows, demand: PackedDemand, meter: Meter) -> WarmedUp:
+    """Encode images and take steps of the largest sizes that *demand* may lead to, of nothing in particular.
+
+    What does not fit is left as the formulas of *demand* have it.
+    """
+    work = _Work(model, make_rows, demand.max_rows)
+    compile_seconds = sum(map(_first_beyond_second, (work.encode, work.step, work.decode)))
+    shapes = (
+        BatchShape(0, 0, work.num_patches, 0, 0),
+        BatchShape(demand.max_rows, MOST_PIECE_TOKENS + demand.max_rows, 0, 0, 0),
+    )
+    needs = demand.needs
+    for phase, (shape, do) in enumerate(zip(shapes, (work.encode, work.step), strict=True)):
+        if taken := _taken(do, meter):
+            needs = tuple(
+                _scaled(need, phase, shape, num_bytes) for need, num_bytes in zip(needs, taken, strict=True)
+            )
+    return WarmedUp(replace(demand, needs=needs), compile_seconds)
+
+
+class _Work:
+    def __init__(self, model: PackedModel, make_rows: MakeRows, max_rows: int) -> None:
+        self._model = model
+        self._max_rows = max_rows
+        self._pool = model.make_pool(MOST_PIECE_TOKENS, max_rows + 1)
+        self._rows = make_rows(self._pool, max_rows)
+        merge = model.merge_size
+        side = math.isqrt(MOST_PATCHES // 4) // merge * merge
+        self._grid = (1, side, side)
+        self.num_patches = 4 * side**2
+        self._patches = torch.zeros(side**2, model.patch_values, dtype=torch.uint8)
+
+    def encode(self) -> None:
+        self._model.encode([self._patches] * 4, [self._grid] * 4)
+
+    def step(self) -> None:
+        size = MOST_PIECE_TOKENS
+        none = torch.zeros(0, dtype=torch.int64)
+        places = torch.arange(size).expand(3, -1)
+        piece = Piece(0, torch.zeros(size, dtype=torch.int64), places, none, None, 0, 0, ends_prompt=False)
+        self._rows.step([piece], self._max_rows)
+
+    def decode(self) -> None:
+        self._rows.step([], self._max_rows)
+
+
+def _first_beyond_second(do: Callable[[], None]) -> float:
+    first, second = _seconds(do), _seconds(do)
+    return max(0.0, first - second)
+
+
+def _seconds(do: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    _done(do)
+    return time.perf_counter() - started
+
+
+def _done(do: Callable[[], None]) -> bool:
+    try:
+        do()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _taken(do: Callable[[], None], meter: Meter) -> tuple[int, ...] | None:
+    """What *do* takes on each device beyond what is held; None where it does not fit."""
+    held = meter.held_bytes()
+    with meter.watch():
+        is_done = _done(do)
+    if not is_done:
+        meter.free()
+        return None
+    return tuple(peak - before for peak, before in zip(meter.peak_bytes(), held, strict=True))
+
+
+def _scaled(needs: PackedNeeds, phase: int, shape: BatchShape, taken_bytes: int) -> PackedNeeds:
+    """*needs* whose *phase* takes *taken_bytes* for *shape*."""
+    coefficients = needs.coefficients.copy()
+    predicted = bytes_of(shape, needs, phase)
+    if predicted:
+        coefficients[phase] *= taken_bytes / predicted
+    return replace(needs, coefficients=coefficients)
