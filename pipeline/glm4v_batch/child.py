@@ -55,11 +55,12 @@ class Child:
         context = _context()
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, target, arguments), name=name, daemon=True)
+        # A signal may end this process as soon as it is let in: what the child's end needs is done by then.
         with _signals_blocked():
             self._process.start()
-        theirs.close()  # or the child's death would not end the pipe
-        # At exit multiprocessing asks daemons to end by SIGTERM, which they ignore, and waits for them.
-        Finalize(self, self._process.kill, exitpriority=10)
+            theirs.close()  # or the child's death would not end the pipe
+            # At exit multiprocessing asks daemons to end by SIGTERM, which they ignore, and waits for them.
+            Finalize(self, self._process.kill, exitpriority=10)
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
 

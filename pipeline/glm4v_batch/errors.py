@@ -26,13 +26,17 @@ _QUOTED = re.compile(r"""b?['"`].*['"`]""", re.DOTALL)
 
 
 class Glm4vBatchError(Exception):
-    """A mistake or an obstacle that the user can act on. It is told as `printable` text."""
+    """A mistake or an obstacle that the user can act on. It is told as `printable` text.
+
+    *progress* says how far a run was that it ended, and is empty where none had begun.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(printable(message))
         self.hint = printable(hint)
+        self.progress = ""
 
 
 class JobError(Glm4vBatchError):
