@@ -131,7 +131,16 @@ def printable(text: str) -> str:
 
     File names, columns and ids come from strangers, and a terminal obeys what it is sent.
     """
-    return "\n".join("".join(map(_visible, line)) for line in text.split("\n"))
+    return "\n".join(map(on_one_line, text.split("\n")))
+
+
+def on_one_line(text: str) -> str:
+    """As `printable`, for what is a part of a line: line breaks are escaped too.
+
+    >>> on_one_line("part-1\\n\\x1b[2J.parquet")
+    'part-1\\\\n\\\\x1b[2J.parquet'
+    """
+    return "".join(map(_visible, text))
 
 
 def _visible(character: str) -> str:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from glm4v_batch.errors import OutputError, sanitise
+from glm4v_batch.errors import OutputError, on_one_line, sanitise
 from glm4v_batch.failure_codes import FailureCode, Stage
 from glm4v_batch.output import fingerprint
 from glm4v_batch.parts import RESULT_FIELDS, PartInfo, part_name, read_part
@@ -54,12 +54,19 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a folder is not right: in which file or source, what is wrong there, and what to do."""
+    """Why a folder is not right: in which file or source, what is wrong there, and what to do.
+
+    Whatever their names hold, *where* and *what* are text that no terminal obeys, each on one line.
+    """
 
     kind: Kind
     where: str
     what: str
     todo: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", on_one_line(self.where))
+        object.__setattr__(self, "what", on_one_line(self.what))
 
 
 _NO_IDS: Ids = np.empty(0, np.int64)

@@ -402,3 +402,23 @@ def test_the_table_shows_troubled_sources_first_and_sums_up_the_rest(folder: Pat
     assert lines[5].split() == ["29.parquet", "3", "3", "0", "3", "0"]
     assert lines[25].split() == ["and", "10", "more", "20", "20", "0", "0", "0"]
     assert lines[26].split() == ["all", "61", "61", "0", "3", "0"]
+
+
+def test_no_name_of_a_file_or_source_reaches_a_fault_as_a_terminal_would_obey_it(folder: Path) -> None:
+    clear = "\x1b[2J\n\u202e"
+    write(folder, rows_of(0, 3)).rename(folder / f"part-a{clear}.parquet")
+    other = info_of(rows_of(1, 3), source={"path": f"a.parquet{clear}", "size": 8})
+    write(folder, rows_of(1, 3), other).rename(folder / f"part-b{clear}.parquet")
+    version = info_of(rows_of(3, 6), source={"path": f"a.parquet{clear}", "size": 9})
+    write(folder, rows_of(3, 6), version).rename(folder / f"part-c{clear}.parquet")
+    (folder / f"part-d{clear}.parquet").write_bytes(b"PAR1")
+
+    verdict = verify(folder)
+
+    assert {*kinds(verdict)} == {"inconsistent", "changed", "unreadable"}
+    assert all(text.isprintable() for fault in verdict.faults for text in (fault.where, fault.what))
+    assert {fault.where for fault in verdict.faults if fault.kind == "unreadable"} == {
+        r"part-d\x1b[2J\n\u202e.parquet"
+    }
+    found = json.loads(verdict_as_json(verdict))["faults"]
+    assert all(text.isprintable() for fault in found for text in (fault["where"], fault["what"]))
