@@ -126,4 +126,5 @@ def _moves(moved: Mapping[str, str]) -> Iterator[str]:
 
 def _vanished(gone: Mapping[str, Sequence[Part]]) -> Iterator[str]:
     for path, parts in gone.items():
-        yield f"{sanitise(path)} is gone; its {format_count(len(parts), 'part')} stay and cannot be compared"
+        kept = format_count(len(parts), "part")
+        yield f"{sanitise(path)} is gone; its rows in {kept} are kept, and cannot be compared"
