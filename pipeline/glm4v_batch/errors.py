@@ -20,6 +20,7 @@ from pathlib import PurePath
 from .failure_codes import FailureCode, Stage
 
 _MAX_MESSAGE_CHARACTERS = 200
+_MAX_MISTAKES = 50
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
 # From the first to the last quotation mark, because what is quoted may hold such marks itself.
 _QUOTED = re.compile(r"""b?['"`].*['"`]""", re.DOTALL)
@@ -46,10 +47,13 @@ class JobError(Glm4vBatchError):
 
     @classmethod
     def of_mistakes(cls, where: str, mistakes: Sequence[str]) -> "JobError":
-        """One error for all *mistakes* of the job file *where*, a line each."""
+        """One error for all *mistakes* of the job file *where*: their number, and the first, a line each."""
         if len(mistakes) == 1:
             return cls(f"{where} {mistakes[0]}")
-        return cls("\n".join([f"{len(mistakes)} mistakes in {where}:", *(f"  {line}" for line in mistakes)]))
+        lines = [f"  {line}" for line in mistakes[:_MAX_MISTAKES]]
+        if len(mistakes) > _MAX_MISTAKES:
+            lines.append(f"  and {len(mistakes) - _MAX_MISTAKES} more")
+        return cls("\n".join([f"{len(mistakes)} mistakes in {where}:", *lines]))
 
 
 class SourceError(Glm4vBatchError):
@@ -117,6 +121,18 @@ def said_by(error: BaseException, *, with_kind: bool = True) -> str:
     if not said:
         return type(error).__name__
     return f"{type(error).__name__}: {said}" if with_kind else said
+
+
+def first_line(error: BaseException, *, with_quotes: bool = False) -> str:
+    """What *error* says, in one line that fits into a message.
+
+    It quotes nothing of the data, unless *with_quotes* says that it can only quote what is not secret.
+
+    >>> first_line(ValueError("cannot read 'my secret' as a number.\\nSee the manual."))
+    'cannot read … as a number'
+    """
+    said = str(error).strip() if with_quotes else said_by(error, with_kind=False)
+    return sanitise(said.split("\n")[0].rstrip(".") or type(error).__name__)
 
 
 def place_of(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 What opens a source is imported only then: the parts alone are checked without it.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from glm4v_batch.described import read_description
 from glm4v_batch.errors import OutputError, sanitise
 from glm4v_batch.part_check import Fault
-from glm4v_batch.parts import Part
+from glm4v_batch.parts import Part, differing_keys
+from glm4v_batch.types import ENDLESS
 from glm4v_batch.units import format_count
 
 if TYPE_CHECKING:
     from glm4v_batch.sources import Shard, Source
 
-_ENDLESS = 2**62
 _ROWS_PER_CHUNK = 128
 
 
@@ -85,12 +85,7 @@ def _changes(shard: "Shard", parts: Sequence[Part], moved: Mapping[str, str]) ->
     other = [part for part in parts if _path(part) not in moved and part.info.source != shard.identity]
     if not other:
         return ()
-    differing = Counter(
-        key
-        for part in other
-        for key in {*part.info.source, *shard.identity}
-        if part.info.source.get(key) != shard.identity.get(key)
-    )
+    differing = {key for part in other for key in differing_keys(part.info.source, shard.identity)}
     fault = Fault(
         "changed",
         shard.path,
@@ -116,7 +111,7 @@ def _beyond(path: str, count: int, parts: Sequence[Part]) -> Iterator[Fault]:
 def _num_rows(source: "Source", shard: "Shard") -> int:
     if shard.num_rows is not None:
         return shard.num_rows
-    return sum(chunk.num_rows for chunk in source.chunks(shard, [range(_ENDLESS)], _ROWS_PER_CHUNK))
+    return sum(chunk.num_rows for chunk in source.chunks(shard, [range(ENDLESS)], _ROWS_PER_CHUNK))
 
 
 def _moves(moved: Mapping[str, str]) -> Iterator[str]:

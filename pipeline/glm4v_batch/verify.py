@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm4v_batch.described import job_name
-from glm4v_batch.durable import open_regular
 from glm4v_batch.errors import OutputError, sanitise
+from glm4v_batch.holder import lock_holder
 from glm4v_batch.part_check import Fault, PartCheck, check_parts
-from glm4v_batch.parts import STATE_FOLDER, Part, gaps
+from glm4v_batch.parts import STATE_FOLDER, Part, differing_keys, gaps
 from glm4v_batch.source_check import SourceCheck, check_source, open_described
 from glm4v_batch.units import format_count
 
@@ -198,27 +198,6 @@ def _list(folder: Path) -> _Listing:
     )
 
 
-def lock_holder(folder: Path) -> str | None:
-    """What the lock of *folder* says of the run that holds it now, or None where none does.
-
-    Trying the lock would tell as well, and could make a run that starts at this moment give up.
-    """
-    path = folder / STATE_FOLDER / "lock"
-    try:
-        with open_regular(path) as file:
-            inode = os.fstat(file.fileno()).st_ino
-            owner = sanitise(file.read(1000).decode(errors="replace"))
-    except OSError:
-        return None
-    try:
-        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return owner or None  # not Linux: the text goes when a run ends by itself
-    fields = [line.split() for line in locks]
-    held = any("FLOCK" in line and place.endswith(f":{inode}") for line in fields for place in line)
-    return (owner or "owner unknown") if held else None
-
-
 @dataclass(frozen=True, slots=True)
 class _Survey:
     """The checks of all parts, sorted by name, and what they showed together."""
@@ -295,8 +274,7 @@ def _other_jobs(parts: Sequence[Part]) -> Iterator[Fault]:
         by_job[part.info.fingerprint].append(part)
     (_, ours), *others = sorted(by_job.items(), key=lambda item: -len(item[1])) or [("", [])]
     for _, theirs in others:
-        one, other = ours[0].info.settings, theirs[0].info.settings
-        keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+        keys = differing_keys(ours[0].info.settings, theirs[0].info.settings)
         yield Fault(
             "other_job",
             theirs[0].path.name,
