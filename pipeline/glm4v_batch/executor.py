@@ -84,7 +84,8 @@ def run(
     """Do what is left of the job: yield the plan, what happens as it happens, and the outcome last.
 
     It begins nothing that cannot be done by *until*. Raises what `locked` and `make_plan` raise;
-    what is committed by then stays.
+    what is committed by then stays. A program calls this, and `open_job`, below `if __name__ ==
+    "__main__":`, because the processes that it starts import the program's main module.
     """
     with locked(Path(opened.job.output.path)) as lock:
         yield from run_locked(lock, opened, asked, until)

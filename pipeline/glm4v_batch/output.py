@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from glm4v_batch.child import end_while_importing
 from glm4v_batch.durable import make_folder, open_regular, sync_folder, sync_parent, write_synced
 from glm4v_batch.errors import OutputError, OutputLockedError
 from glm4v_batch.holder import holder_of, lock_path
@@ -73,6 +74,7 @@ def locked(folder: Path) -> Iterator[Lock]:
     listed in *folder* from here on is durable: a run that died may have left a name in memory only.
     A folder that was made for it goes again where no work was begun: the job may turn out to be wrong.
     """
+    end_while_importing()  # or the program's own run would refuse it, in the child, and seem to be another's
     is_new = not folder.exists()
     descriptor = _open_lock(folder)
     try:
