@@ -4,10 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from glm4v_batch.durable import sync_folder
-from glm4v_batch.errors import SourceError
+from glm4v_batch.errors import SourceError, on_one_line, sanitise
 from glm4v_batch.output import Lock
-from glm4v_batch.parts import Part, refusing
+from glm4v_batch.parts import Part, differing_keys, refusing
 from glm4v_batch.sources import Shard
+
+_NAMED = 20
 
 
 def source_path(part: Part) -> str:
@@ -24,15 +26,14 @@ def changed_parts(shards: Sequence[Shard], parts: Iterable[Part]) -> list[Part]:
 def refuse_changed(shards: Sequence[Shard], parts: Iterable[Part]) -> None:
     """Raise one SourceError for all sources that *parts* and *shards* know with different data."""
     identities = {shard.path: shard.identity for shard in shards}
-    changed = sorted(
-        {
-            f"  {source_path(part)}: {_differences(part.info.source, identities[source_path(part)])}"
-            for part in changed_parts(shards, parts)
-        }
-    )
+    changed = {source_path(part): part.info.source for part in changed_parts(shards, parts)}
     if changed:
+        paths = sorted(changed)
+        lines = [f"{len(paths):,} of the sources changed since their rows were committed:"]
+        lines += [f"  {on_one_line(p)}: {_differences(changed[p], identities[p])}" for p in paths[:_NAMED]]
+        lines += [f"  and {len(paths) - _NAMED:,} more"] if len(paths) > _NAMED else []
         raise SourceError(
-            "\n".join([f"{len(changed)} of the sources changed since their rows were committed:", *changed]),
+            "\n".join(lines),
             hint="Restore them, or give up their old answers and do their rows again with: "
             "run --on-changed redo. Or choose another output.path for the new data.",
         )
@@ -85,5 +86,14 @@ def _content(identity: Mapping[str, str | int]) -> frozenset[tuple[str, str | in
 
 
 def _differences(theirs: Mapping[str, str | int], ours: Mapping[str, str | int]) -> str:
-    keys = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-    return ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in keys)
+    """What a person can see of it: numbers as they are, and of hashes only that they differ."""
+    counts, others = [], []
+    for key in differing_keys(theirs, ours):
+        match theirs.get(key), ours.get(key):
+            case int(before), int(now):
+                counts.append(f"{key} was {before:,} and is {now:,}")
+            case _:
+                others.append(key.removesuffix("_sha256"))
+    if others:
+        counts.append(sanitise(f"other content ({', '.join(others)})"))
+    return ", ".join(counts)

@@ -22,10 +22,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from glm4v_batch.errors import JobError
+
 _F_SETSIG = 10  # Linux, fcntl(2); the module fcntl names it from Python 3.13 on
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What multiprocessing says of a process whose fork server has died, so that nobody knows.
 _UNKNOWN_CODE = 255
+# What a child ends with where the program that started it would have it start children while it imports.
+_UNGUARDED_CODE = 117
 # What the fork server imports once, so that the child which replaces a lost one starts at once.
 _PRELOADED = ["glm4v_batch.preprocess"]
 
@@ -41,6 +45,14 @@ class End:
         """Whether someone else ended it, or its fork server: no input makes a process do that to itself."""
         return self.code in (-signal.SIGKILL, _UNKNOWN_CODE)
 
+    def refuse_unguarded(self) -> None:
+        """Raise JobError where the process ended because the program lacks the guard of its main module."""
+        if self.code == _UNGUARDED_CODE:
+            raise JobError(
+                "This program starts a run while it is being imported, and the processes that help it import "
+                'it once more: put what starts the run below `if __name__ == "__main__":`.'
+            ) from None
+
     def __str__(self) -> str:
         return f"signal {-self.code}" if self.code < 0 else f"exit code {self.code}"
 
@@ -52,14 +64,16 @@ class Child:
     """
 
     def __init__(self, target: Callable[..., None], *arguments: Any, name: str) -> None:
+        end_while_importing()
         context = _context()
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, target, arguments), name=name, daemon=True)
+        # A signal may end this process as soon as it is let in: what the child's end needs is done by then.
         with _signals_blocked():
             self._process.start()
-        theirs.close()  # or the child's death would not end the pipe
-        # At exit multiprocessing asks daemons to end by SIGTERM, which they ignore, and waits for them.
-        Finalize(self, self._process.kill, exitpriority=10)
+            theirs.close()  # or the child's death would not end the pipe
+            # At exit multiprocessing asks daemons to end by SIGTERM, which they ignore, and waits for them.
+            Finalize(self, self._process.kill, exitpriority=10)
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
 
@@ -102,6 +116,16 @@ class Child:
         self._end_writer()
         self.pipe.close()
         return End(self._process.exitcode or 0)
+
+
+def end_while_importing() -> None:
+    """End this process where it is a child that is importing the program: it is about to start a run in it.
+
+    Not by an exception, which the program may catch. Whoever waits for the process sees it by `End`.
+    """
+    # multiprocessing refuses by the same attribute, with an error that only the child's stderr shows.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_UNGUARDED_CODE)
 
 
 def _context() -> ForkServerContext:

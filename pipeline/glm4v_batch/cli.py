@@ -1,7 +1,6 @@
 """The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
 
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -13,6 +12,7 @@ import click
 
 from glm4v_batch import __version__
 from glm4v_batch.errors import Glm4vBatchError, printable
+from glm4v_batch.interruption import SignalledError, ended_by_signals
 
 if TYPE_CHECKING:
     from glm4v_batch.asked import Asked
@@ -28,14 +28,31 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except Glm4vBatchError as error:
-            _say(f"Error: {error}", err=True)
-            if error.hint:
-                _say(f"  {error.hint}", err=True)
+            _say(_told(error, ctx), err=True)
             ctx.exit(error.exit_code)
+        except SignalledError as signalled:
+            # What came once records were in hand ends the run by an outcome; this one came before or after.
+            _say(f"Interrupted. Resume with: {_resume_command(ctx)}", err=True)
+            ctx.exit(128 + signalled.signal_number)
         except KeyboardInterrupt:
-            # A run handles it itself; this one came before or after.
             _say("Interrupted.", err=True)
             ctx.exit(130)
+
+
+def _told(error: Glm4vBatchError, ctx: click.Context) -> str:
+    lines = [f"Error: {error}", *([f"  {error.hint}"] if error.hint else [])]
+    if error.progress:
+        lines += [f"  {error.progress}", f"  Resume with: {_resume_command(ctx)}"]
+    return "\n".join(lines)
+
+
+_UNTIL = "glm4v_batch.until"
+
+
+def _resume_command(ctx: click.Context, *, is_late: bool = False) -> str:
+    from glm4v_batch.deadline import resume_command
+
+    return resume_command(sys.argv[1:], None if is_late else ctx.meta.get(_UNTIL))
 
 
 def _open_closed_streams() -> None:
@@ -181,10 +198,10 @@ def run(
     from glm4v_batch.output import locked
     from glm4v_batch.render import outcome_as_json, outcome_as_text
 
-    deadline = None if until is None else read_deadline(until)
+    deadline = ctx.meta[_UNTIL] = None if until is None else read_deadline(until)
     job = read_job(job_file, overrides)
     # First of all that takes time, the other imports too: a second run is to be refused at once.
-    with locked(Path(job.output.path)) as lock:
+    with ended_by_signals(), locked(Path(job.output.path)) as lock:
         from glm4v_batch.executor import run_locked
         from glm4v_batch.plan import open_job
         from glm4v_batch.progress import Progress
@@ -194,8 +211,8 @@ def run(
             Progress(sys.stderr) as progress,
         ):
             outcome = progress.follow(events)
-    command_line = shlex.join(["glm4v-batch", *sys.argv[1:]])
-    _say(outcome_as_json(outcome) if as_json else outcome_as_text(outcome, command_line))
+    resume = _resume_command(ctx, is_late=outcome.is_late)
+    _say(outcome_as_json(outcome) if as_json else outcome_as_text(outcome, resume))
     ctx.exit(outcome.exit_code)
 
 

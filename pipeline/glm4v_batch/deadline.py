@@ -1,7 +1,8 @@
 """A time to be done by: how long what is begun will take yet, by the pace so far."""
 
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 
 from glm4v_batch.errors import JobError
@@ -34,6 +35,28 @@ def _next(clock: datetime, now: datetime) -> datetime:
     today = local.replace(hour=clock.hour, minute=clock.minute, second=clock.second, microsecond=0)
     found = today.astimezone()
     return found if found > now else (today + timedelta(days=1)).astimezone()
+
+
+def resume_command(arguments: Sequence[str], until: datetime | None) -> str:
+    """The command that goes on with what `glm4v-batch` was started for by *arguments*.
+
+    *until* is the moment that its `--until` meant, None where that counts no more. Once it has passed,
+    the option is left out: it would end the run at once, or mean tomorrow.
+
+    >>> resume_command(["run", "a job.yaml", "--until", "06:00", "--limit", "5"], None)
+    "glm4v-batch run 'a job.yaml' --limit 5"
+    """
+    counts = until is not None and not Deadline(until).has_passed
+    return shlex.join(["glm4v-batch", *(arguments if counts else _without_until(arguments))])
+
+
+def _without_until(arguments: Sequence[str]) -> Iterator[str]:
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--until":
+            next(rest, None)
+        elif not argument.startswith("--until="):
+            yield argument
 
 
 class Deadline:

@@ -20,19 +20,24 @@ from pathlib import PurePath
 from .failure_codes import FailureCode, Stage
 
 _MAX_MESSAGE_CHARACTERS = 200
+_MAX_MISTAKES = 50
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
 # From the first to the last quotation mark, because what is quoted may hold such marks itself.
 _QUOTED = re.compile(r"""b?['"`].*['"`]""", re.DOTALL)
 
 
 class Glm4vBatchError(Exception):
-    """A mistake or an obstacle that the user can act on. It is told as `printable` text."""
+    """A mistake or an obstacle that the user can act on. It is told as `printable` text.
+
+    *progress* says how far a run was that it ended, and is empty where none had begun.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(printable(message))
         self.hint = printable(hint)
+        self.progress = ""
 
 
 class JobError(Glm4vBatchError):
@@ -42,10 +47,13 @@ class JobError(Glm4vBatchError):
 
     @classmethod
     def of_mistakes(cls, where: str, mistakes: Sequence[str]) -> "JobError":
-        """One error for all *mistakes* of the job file *where*, a line each."""
+        """One error for all *mistakes* of the job file *where*: their number, and the first, a line each."""
         if len(mistakes) == 1:
             return cls(f"{where} {mistakes[0]}")
-        return cls("\n".join([f"{len(mistakes)} mistakes in {where}:", *(f"  {line}" for line in mistakes)]))
+        lines = [f"  {line}" for line in mistakes[:_MAX_MISTAKES]]
+        if len(mistakes) > _MAX_MISTAKES:
+            lines.append(f"  and {len(mistakes) - _MAX_MISTAKES} more")
+        return cls("\n".join([f"{len(mistakes)} mistakes in {where}:", *lines]))
 
 
 class SourceError(Glm4vBatchError):
@@ -115,6 +123,18 @@ def said_by(error: BaseException, *, with_kind: bool = True) -> str:
     return f"{type(error).__name__}: {said}" if with_kind else said
 
 
+def first_line(error: BaseException, *, with_quotes: bool = False) -> str:
+    """What *error* says, in one line that fits into a message.
+
+    It quotes nothing of the data, unless *with_quotes* says that it can only quote what is not secret.
+
+    >>> first_line(ValueError("cannot read 'my secret' as a number.\\nSee the manual."))
+    'cannot read … as a number'
+    """
+    said = str(error).strip() if with_quotes else said_by(error, with_kind=False)
+    return sanitise(said.split("\n")[0].rstrip(".") or type(error).__name__)
+
+
 def place_of(error: BaseException) -> str:
     """The kind of *error* and the line of code that raised it: what of it is safe to show."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -127,7 +147,16 @@ def printable(text: str) -> str:
 
     File names, columns and ids come from strangers, and a terminal obeys what it is sent.
     """
-    return "\n".join("".join(map(_visible, line)) for line in text.split("\n"))
+    return "\n".join(map(on_one_line, text.split("\n")))
+
+
+def on_one_line(text: str) -> str:
+    """As `printable`, for what is a part of a line: line breaks are escaped too.
+
+    >>> on_one_line("part-1\\n\\x1b[2J.parquet")
+    'part-1\\\\n\\\\x1b[2J.parquet'
+    """
+    return "".join(map(_visible, text))
 
 
 def _visible(character: str) -> str:

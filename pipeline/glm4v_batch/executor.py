@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -20,7 +20,7 @@ from glm4v_batch.devices import DeviceMonitor, DeviceUse
 from glm4v_batch.engines import Engine, EngineEvent
 from glm4v_batch.engines.echo import EchoSettings, load_echo
 from glm4v_batch.engines.loading import ReplicaSettings, load_engine
-from glm4v_batch.errors import SourceError
+from glm4v_batch.errors import Glm4vBatchError, OutputError, SourceError
 from glm4v_batch.failure_watch import FailureWatch, TooManyFailed
 from glm4v_batch.forecast import packed_demand
 from glm4v_batch.output import Lock, Output, describe, locked, offload_folder
@@ -33,6 +33,7 @@ from glm4v_batch.report import Report, trim_runs
 from glm4v_batch.retry import Replaced, Replacements, Retry, retried_records
 from glm4v_batch.stopping import Interrupted, OutOfTime, Reason, Stop, stopping
 from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, Notice, ReplicaLost, ReplicaReady
+from glm4v_batch.units import format_count
 from glm4v_batch.worker import Collects, Item, new_records, work
 
 _LOOK_SECONDS = 1.0
@@ -46,6 +47,11 @@ class Outcome:
     report: dict[str, Any]
     num_failed: int
     reason: Reason | None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time that it was to end by is what ended it."""
+        return isinstance(self.reason, OutOfTime)
 
     @property
     def exit_code(self) -> int:
@@ -78,7 +84,8 @@ def run(
     """Do what is left of the job: yield the plan, what happens as it happens, and the outcome last.
 
     It begins nothing that cannot be done by *until*. Raises what `locked` and `make_plan` raise;
-    what is committed by then stays.
+    what is committed by then stays. A program calls this, and `open_job`, below `if __name__ ==
+    "__main__":`, because the processes that it starts import the program's main module.
     """
     with locked(Path(opened.job.output.path)) as lock:
         yield from run_locked(lock, opened, asked, until)
@@ -103,12 +110,11 @@ def run_locked(
             take_away(lock, plan.superseded)
         yield _outcome(plan, report, reason)
         return
-    describe(lock.folder, opened.job.as_dict(), opened.settings)
-    take_away(lock, plan.superseded)
-    with stopping(deadline) as stop:
+    with stopping(deadline) as stop, _reporting(lock, plan, report):
+        describe(lock.folder, opened.job.as_dict(), opened.settings)
+        take_away(lock, plan.superseded)
         admitted = stop.admit(chain([first], tasks))
         yield from _counted(_watched(plan, _events(plan, lock, admitted, stop)), report)
-    report.write()
     if report.trouble:
         yield Notice(f"the report of this run is incomplete: {report.trouble}")
     # What came when nothing was left to stop has stopped nothing.
@@ -117,6 +123,37 @@ def run_locked(
 
 def _tasks(plan: Plan) -> Iterator[Chunk] | Iterator[Retry]:
     return plan.chunks() if plan.retries is None else iter(plan.retries.of)
+
+
+@contextmanager
+def _reporting(lock: Lock, plan: Plan, report: Report) -> Iterator[None]:
+    """Leave the *report* of what is done inside, however that ends; an error of ours says how far it came."""
+    try:
+        yield
+    except Glm4vBatchError as error:
+        error.progress = _progress(plan, report)
+        raise
+    finally:
+        _leave_report(lock, report)
+
+
+def _leave_report(lock: Lock, report: Report) -> None:
+    try:
+        lock.check()
+    except OutputError as error:  # the folder may be another run's by now
+        report.trouble = report.trouble or str(error)
+    else:
+        report.write()
+
+
+def _progress(plan: Plan, report: Report) -> str:
+    folder = plan.opened.job.output.path
+    if plan.retries is not None:
+        again = format_count(plan.retries.num_rows, "failed row")
+        return f"{report.num_committed:,} of {again} in {folder} were done again by then."
+    total = plan.num_committed + report.num_committed
+    of_all = "rows" if plan.num_rows is None else f"of {format_count(plan.num_rows, 'row')}"
+    return f"{total:,} {of_all} were committed in {folder} by then."
 
 
 def _outcome(plan: Plan, report: Report, reason: Reason | None) -> Outcome:

@@ -197,8 +197,10 @@ def _runs(folder: Path, contexts: Sequence[str]) -> dict[str, list[BatchRun]]:
 
 def _load_seconds(job: Job, forecast: Forecast) -> float:
     """What loading took the last time, or a guess: the imports, and the weights from a disk."""
-    report = read_report(Path(job.output.path)) or {}
-    measured = report.get("replicas", {}).get("load_seconds", 0.0)
-    if measured and report.get("contexts") == list(forecast.contexts):
-        return float(measured)
+    match read_report(Path(job.output.path)):
+        # The file may hold anything: what no run writes there counts as not there.
+        case {"contexts": contexts, "replicas": {"load_seconds": float(measured)}} if (
+            contexts == list(forecast.contexts) and 0 < measured < math.inf
+        ):
+            return measured
     return _GUESSED_IMPORT_SECONDS + forecast.needs.weight_bytes / _GUESSED_BYTES_PER_SECOND

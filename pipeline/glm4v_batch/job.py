@@ -42,7 +42,6 @@ PART_COLUMNS = (
 )
 """The columns that every part has, before those that the job passes through."""
 
-_MAX_MISTAKES = 50
 _MAPS: frozenset[Location] = frozenset({("devices", "layout")})
 
 Text = Annotated[str, Field(min_length=1)]
@@ -428,10 +427,7 @@ def _job_error(path: Path, mistakes: Sequence[Mistake]) -> JobError:
     ordered = sorted(mistakes, key=lambda each: each.origin if isinstance(each.origin, int) else 1 << 32)
     if len(ordered) == 1 and not isinstance(ordered[0].origin, int):
         return JobError(f"{ordered[0]}")
-    lines = [str(mistake) for mistake in ordered[:_MAX_MISTAKES]]
-    if len(ordered) > _MAX_MISTAKES:
-        lines.append(f"and {len(ordered) - _MAX_MISTAKES} more")
-    return JobError.of_mistakes(str(path), lines)
+    return JobError.of_mistakes(str(path), [str(mistake) for mistake in ordered])
 
 
 def write_template(path: Path) -> None:

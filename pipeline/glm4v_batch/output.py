@@ -19,8 +19,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from glm4v_batch.child import end_while_importing
 from glm4v_batch.durable import make_folder, open_regular, sync_folder, sync_parent, write_synced
-from glm4v_batch.errors import OutputError, OutputLockedError, sanitise
+from glm4v_batch.errors import OutputError, OutputLockedError
+from glm4v_batch.holder import holder_of, lock_path
 from glm4v_batch.parts import (
     RESULT_FIELDS,
     STATE_FOLDER,
@@ -28,6 +30,7 @@ from glm4v_batch.parts import (
     PartInfo,
     check_room,
     commit,
+    differing_keys,
     list_parts,
     refusing,
 )
@@ -55,7 +58,7 @@ class Lock:
         The kernel locks a file, not its name: once another file stands there, the lock keeps no one out.
         """
         with refusing(self.folder):
-            there = _lock_path(self.folder).stat()
+            there = lock_path(self.folder).stat()
         if not os.path.samestat(there, os.fstat(self.descriptor)):
             raise OutputLockedError(
                 f"{self.folder} is not this run's any more: its lock file was replaced.",
@@ -71,6 +74,7 @@ def locked(folder: Path) -> Iterator[Lock]:
     listed in *folder* from here on is durable: a run that died may have left a name in memory only.
     A folder that was made for it goes again where no work was begun: the job may turn out to be wrong.
     """
+    end_while_importing()  # or the program's own run would refuse it, in the child, and seem to be another's
     is_new = not folder.exists()
     descriptor = _open_lock(folder)
     try:
@@ -88,10 +92,6 @@ def locked(folder: Path) -> Iterator[Lock]:
         os.close(descriptor)
 
 
-def _lock_path(folder: Path) -> Path:
-    return folder / STATE_FOLDER / "lock"
-
-
 def _open_lock(folder: Path) -> int:
     state = folder / STATE_FOLDER
     with refusing(folder):
@@ -101,13 +101,13 @@ def _open_lock(folder: Path) -> int:
             for own in (state, state / "tmp"):
                 _refuse_link(own)
                 own.mkdir(exist_ok=True)
-            _refuse_link(_lock_path(folder))
+            _refuse_link(lock_path(folder))
         except (FileExistsError, NotADirectoryError) as error:
             raise OutputError(
                 f"{folder} cannot be used as an output folder: {error.filename} is not a folder.",
                 hint="Choose another output.path.",
             ) from None
-        return os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        return os.open(lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
 
 def _refuse_link(path: Path) -> None:
@@ -132,29 +132,9 @@ def _flock(lock: Lock) -> None:
         fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OutputLockedError(
-            f"{lock.folder} is held by another run: {sanitise(_owner(lock))}.",
+            f"{lock.folder} is held by another run: {holder_of(lock.descriptor)}.",
             hint="Wait for it to end, or stop it; what it has committed stays.",
         ) from None
-
-
-def _owner(lock: Lock) -> str:
-    written = os.pread(lock.descriptor, 1000, 0).decode(errors="replace")
-    holder = _holder(lock)
-    # What is written may be of one that was killed, and nothing yet by one that has just come.
-    if holder is None or written.startswith(f"{holder} "):
-        return written or "owner unknown"
-    return holder
-
-
-def _holder(lock: Lock) -> str | None:
-    """The process that the kernel says holds the lock file, where it says so."""
-    inode = os.fstat(lock.descriptor).st_ino
-    with suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            _, kind, _, _, pid, place, *_ = line.split()
-            if kind == "FLOCK" and place.endswith(f":{inode}") and int(pid) > 0:
-                return f"process {pid}"
-    return None
 
 
 def _write_owner(lock: Lock, owner: str) -> None:
@@ -173,7 +153,7 @@ def _leave(lock: Lock, *, is_new: bool) -> None:
         state = lock.folder / STATE_FOLDER
         if is_new and {path.name for path in state.iterdir()} == {"lock", "tmp"}:
             (state / "tmp").rmdir()
-            _lock_path(lock.folder).unlink()
+            lock_path(lock.folder).unlink()
             state.rmdir()
             lock.folder.rmdir()
 
@@ -227,9 +207,8 @@ def committed_parts(folder: Path, settings: Mapping[str, Any]) -> list[Part]:
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    keys = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-    lines = (f"{key} was {_shown(theirs.get(key))} and is {_shown(ours.get(key))}" for key in keys)
-    return "; ".join(lines)
+    keys = differing_keys(theirs, ours)
+    return "; ".join(f"{key} was {_shown(theirs.get(key))} and is {_shown(ours.get(key))}" for key in keys)
 
 
 def _shown(value: object) -> str:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from glm4v_batch.errors import OutputError, sanitise
+from glm4v_batch.errors import OutputError, first_line, on_one_line, sanitise
 from glm4v_batch.failure_codes import FailureCode, Stage
 from glm4v_batch.output import fingerprint
 from glm4v_batch.parts import RESULT_FIELDS, PartInfo, part_name, read_part
@@ -54,12 +54,19 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a folder is not right: in which file or source, what is wrong there, and what to do."""
+    """Why a folder is not right: in which file or source, what is wrong there, and what to do.
+
+    Whatever their names hold, *where* and *what* are text that no terminal obeys, each on one line.
+    """
 
     kind: Kind
     where: str
     what: str
     todo: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", on_one_line(self.where))
+        object.__setattr__(self, "what", on_one_line(self.what))
 
 
 _NO_IDS: Ids = np.empty(0, np.int64)
@@ -150,7 +157,7 @@ def _check(path: Path) -> PartCheck:
         what = f"{_shown(path)} takes more memory to read than any part does: over {limit}."
         reading.faults.append(Fault("unreadable", path.name, what, _MOVE_AWAY))
     except (OSError, UnicodeError, pa.ArrowException, _UnusableError) as error:
-        what = f"{_shown(path)} is damaged: {_first_line(error)}."
+        what = f"{_shown(path)} is damaged: {first_line(error, with_quotes=True)}."
         # Arrow's own finding has no number; the system's trouble has.
         todo = _MEND_DISK if getattr(error, "errno", None) else _MOVE_AWAY
         reading.faults.append(Fault("unreadable", path.name, what, todo))
@@ -349,7 +356,3 @@ def _page_has_checksum(header: bytes) -> bool:
 
 def _shown(path: Path) -> str:
     return sanitise(path.name)
-
-
-def _first_line(error: BaseException) -> str:
-    return sanitise((str(error).strip() or type(error).__name__).split("\n")[0]).rstrip(".")

@@ -30,14 +30,13 @@ from glm4v_batch.durable import (
     sync_folder,
     write_synced,
 )
-from glm4v_batch.errors import OutputError, sanitise
+from glm4v_batch.errors import OutputError, first_line, sanitise
+from glm4v_batch.types import ENDLESS
 from glm4v_batch.units import format_bytes
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"glm4v_batch"
 STATE_FOLDER = ".glm4v-batch"
-_ENDLESS = 2**62
-_MAX_ROW = 2**62
 # For the report, the line per batch, and what the file system itself needs besides a file's bytes.
 _SPARE_BYTES = 1024**2
 _GO_ON = "What is committed is safe; then run the same command again."
@@ -87,6 +86,15 @@ class Part:
     path: Path
     info: PartInfo
     way: Way = field(default="link", compare=False)
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The keys under which two descriptions, of a part's job or of its source, say different things.
+
+    >>> differing_keys({"path": "a", "size": 1}, {"path": "a", "size": 2, "etag": "x"})
+    ['etag', 'size']
+    """
+    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
 
 
 def part_name(source: str, first_row: int, num_rows: int, fingerprint: str) -> str:
@@ -360,7 +368,7 @@ def _damage_of(path: Path) -> Iterator[None]:
     except (OSError, UnicodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)
         if number is None:
-            what = sanitise(str(error).strip().split("\n")[0]).rstrip(".")
+            what = first_line(error, with_quotes=True)
             raise OutputError(f"{path.name} is damaged: {what}") from None
         raise OutputError(
             f"{path} cannot be read: {os.strerror(number)}.",
@@ -397,7 +405,7 @@ def _info(path: Path, footer: bytes, num_rows: int) -> PartInfo:
 def _is_plausible(info: PartInfo) -> bool:
     numbers = (info.first_row, info.num_rows, info.num_ok, info.num_failed)
     return (
-        all(type(number) is int and 0 <= number < _MAX_ROW for number in numbers)
+        all(type(number) is int and 0 <= number < ENDLESS for number in numbers)
         and isinstance(info.fingerprint, str)
         and isinstance(info.settings, Mapping)
         and isinstance(info.source, Mapping)
@@ -414,7 +422,7 @@ def gaps(num_rows: int | None, done: Sequence[range]) -> list[range]:
     >>> gaps(10, [range(6, 8), range(0, 4)])
     [range(4, 6), range(8, 10)]
     """
-    end = _ENDLESS if num_rows is None else num_rows
+    end = ENDLESS if num_rows is None else num_rows
     found, next_row = [], 0
     for rows in sorted(done, key=lambda r: r.start):
         if rows.start < next_row:

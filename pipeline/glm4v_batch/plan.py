@@ -29,7 +29,7 @@ from glm4v_batch.sources import (
     open_source,
 )
 from glm4v_batch.templates import columns_of
-from glm4v_batch.types import Chunk
+from glm4v_batch.types import ENDLESS, Chunk
 
 # They decide which images fail, and raising them is how those are done after all.
 _NOT_TEXT = {"max_image_pixels", "max_image_bytes"}
@@ -148,7 +148,7 @@ def _within(shards: Sequence[Shard], limit: int | None) -> Iterator[Shard]:
 
 
 def _end(shard: Shard) -> int:
-    return 2**62 if shard.num_rows is None else shard.num_rows
+    return ENDLESS if shard.num_rows is None else shard.num_rows
 
 
 def open_job(job: Job) -> OpenJob:

@@ -386,6 +386,7 @@ class _Worker:
         end = self._end(grace_seconds=1)
         if isinstance(answer, Glm4vBatchError):
             raise answer
+        end.refuse_unguarded()
         raise RuntimeError(f"a preprocessing worker did not start: {end}")
 
     def _end(self, *, grace_seconds: float) -> End:

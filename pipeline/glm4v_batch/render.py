@@ -176,14 +176,14 @@ def _forecast_as_dict(forecast: "Forecast | None") -> dict[str, Any] | None:
     }
 
 
-def outcome_as_text(outcome: "Outcome", command_line: str) -> str:
-    """What `run` prints at its end; *command_line* is what started it."""
+def outcome_as_text(outcome: "Outcome", resume: str) -> str:
+    """What `run` prints at its end; *resume* is the command that goes on."""
     report, plan = outcome.report, outcome.plan
     rows, folder = report["rows"], plan.opened.job.output.path
     total = plan.num_committed + (rows["committed"] if plan.retries is None else 0)
     if outcome.reason is not None:
         done = f"{total:,} of {_rows(plan.num_rows)} are committed in {folder}."
-        return "\n".join([f"{_what_stopped(outcome.reason)} {done}", *_how_to_go_on(outcome, command_line)])
+        return "\n".join([f"{_what_stopped(outcome.reason)} {done}", *_how_to_go_on(outcome, resume)])
     if plan.retries is not None:
         return "\n".join(_retried_lines(plan, report, outcome.num_failed))
     if not rows["committed"]:
@@ -208,7 +208,7 @@ def _what_stopped(reason: "Reason") -> str:
     return f"Stopped: {reason.num_failed:,} of the last {reason.num_records:,} records failed ({codes})."
 
 
-def _how_to_go_on(outcome: "Outcome", command_line: str) -> Iterator[str]:
+def _how_to_go_on(outcome: "Outcome", resume: str) -> Iterator[str]:
     from glm4v_batch.failure_watch import TooManyFailed
 
     if isinstance(outcome.reason, TooManyFailed):
@@ -217,7 +217,7 @@ def _how_to_go_on(outcome: "Outcome", command_line: str) -> Iterator[str]:
         if outcome.num_failed:
             failed = _rows(outcome.num_failed)
             yield f"The {failed} committed as failed can be done again with: --retry-failed"
-    yield f"Resume with: {command_line}"
+    yield f"Resume with: {resume}"
 
 
 def _retried_lines(plan: "Plan", report: Mapping[str, Any], num_failed: int) -> Iterator[str]:

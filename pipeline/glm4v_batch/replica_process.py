@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from glm4v_batch.engines import Engine
-from glm4v_batch.errors import Glm4vBatchError
+from glm4v_batch.errors import Glm4vBatchError, first_line
 from glm4v_batch.types import Request
 
 LoadEngine = Callable[[Any], Engine]
@@ -64,12 +64,9 @@ def serve(pipe: Connection, load: LoadEngine, settings: Any) -> None:
     except Glm4vBatchError as error:  # the driver raises it
         outbox.send(error)
     except Exception as error:  # the border of the process: the driver decides what it means
-        outbox.send(Crashed(f"{type(error).__name__}: {_first_line(error)}", traceback.format_exc()))
-
-
-def _first_line(error: BaseException) -> str:
-    # torch's messages go on with hints for its developers.
-    return next(iter(str(error).splitlines()), "")
+        # torch's messages go on with hints for its developers.
+        summary = f"{type(error).__name__}: {first_line(error, with_quotes=True)}"
+        outbox.send(Crashed(summary, traceback.format_exc()))
 
 
 def _work(pipe: Connection, outbox: "_Outbox", load: LoadEngine, settings: Any) -> None:

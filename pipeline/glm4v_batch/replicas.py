@@ -191,7 +191,9 @@ class Replicas:
         try:
             message = pickle.loads(replica.child.pipe.recv_bytes())  # noqa: S301  from our own process
         except (EOFError, OSError):
-            yield from self._lose(replica, f"its process died: {replica.child.end(grace_seconds=1)}")
+            end = replica.child.end(grace_seconds=1)
+            end.refuse_unguarded()
+            yield from self._lose(replica, f"its process died: {end}")
             return
         match message:
             case Glm4vBatchError():

@@ -3,22 +3,23 @@
 What opens a source is imported only then: the parts alone are checked without it.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm4v_batch.described import read_description
 from glm4v_batch.errors import OutputError, sanitise
 from glm4v_batch.part_check import Fault
-from glm4v_batch.parts import Part
+from glm4v_batch.parts import Part, differing_keys
+from glm4v_batch.types import ENDLESS
 from glm4v_batch.units import format_count
 
 if TYPE_CHECKING:
     from glm4v_batch.sources import Shard, Source
 
-_ENDLESS = 2**62
 _ROWS_PER_CHUNK = 128
 
 
@@ -67,37 +68,32 @@ def check_source(source: "Source", parts: Sequence[Part]) -> SourceCheck:
     by_path = defaultdict(list)
     for part in parts:
         by_path[moved.get(_path(part), _path(part))].append(part)
-    changed = [fault for shard in shards for fault in _changes(shard, by_path[shard.path], moved)]
-    unchanged = [shard for shard in shards if shard.path not in {fault.where for fault in changed}]
-    expected = {shard.path: _num_rows(source, shard) for shard in unchanged}
+    changed = {shard.path: _changes(shard, by_path[shard.path], moved) for shard in shards}
+    expected = {shard.path: _num_rows(source, shard) for shard in shards if not changed[shard.path]}
     beyond = [fault for path, count in expected.items() for fault in _beyond(path, count, by_path[path])]
     present = {shard.path for shard in shards}
     gone = {path: found for path, found in by_path.items() if found and path not in present}
     notices = [*_moves(moved), *_vanished(gone)]
-    return SourceCheck(expected, moved, (*changed, *beyond), tuple(notices))
+    return SourceCheck(expected, moved, (*chain.from_iterable(changed.values()), *beyond), tuple(notices))
 
 
 def _path(part: Part) -> str:
     return str(part.info.source["path"])
 
 
-def _changes(shard: "Shard", parts: Sequence[Part], moved: Mapping[str, str]) -> Iterator[Fault]:
+def _changes(shard: "Shard", parts: Sequence[Part], moved: Mapping[str, str]) -> tuple[Fault, ...]:
     other = [part for part in parts if _path(part) not in moved and part.info.source != shard.identity]
     if not other:
-        return
-    differing = Counter(
-        key
-        for part in other
-        for key in {*part.info.source, *shard.identity}
-        if part.info.source.get(key) != shard.identity.get(key)
-    )
-    yield Fault(
+        return ()
+    differing = {key for part in other for key in differing_keys(part.info.source, shard.identity)}
+    fault = Fault(
         "changed",
         shard.path,
         f"{sanitise(shard.path)} is not what {format_count(len(other), 'part')} of it were made from: "
         f"{', '.join(sorted(differing))} differ.",
         "Restore it, or have its rows done again: glm4v-batch run JOB --on-changed redo",
     )
+    return (fault,)
 
 
 def _beyond(path: str, count: int, parts: Sequence[Part]) -> Iterator[Fault]:
@@ -115,7 +111,7 @@ def _beyond(path: str, count: int, parts: Sequence[Part]) -> Iterator[Fault]:
 def _num_rows(source: "Source", shard: "Shard") -> int:
     if shard.num_rows is not None:
         return shard.num_rows
-    return sum(chunk.num_rows for chunk in source.chunks(shard, [range(_ENDLESS)], _ROWS_PER_CHUNK))
+    return sum(chunk.num_rows for chunk in source.chunks(shard, [range(ENDLESS)], _ROWS_PER_CHUNK))
 
 
 def _moves(moved: Mapping[str, str]) -> Iterator[str]:
@@ -125,4 +121,5 @@ def _moves(moved: Mapping[str, str]) -> Iterator[str]:
 
 def _vanished(gone: Mapping[str, Sequence[Part]]) -> Iterator[str]:
     for path, parts in gone.items():
-        yield f"{sanitise(path)} is gone; its {format_count(len(parts), 'part')} stay and cannot be compared"
+        kept = format_count(len(parts), "part")
+        yield f"{sanitise(path)} is gone; its rows in {kept} are kept, and cannot be compared"

@@ -18,6 +18,7 @@ from typing import TypeVar
 from glm4v_batch.deadline import Deadline
 from glm4v_batch.engines import Engine
 from glm4v_batch.failure_watch import TooManyFailed
+from glm4v_batch.interruption import heeded, let_the_next_one_end_it
 from glm4v_batch.retry import Retry
 from glm4v_batch.types import BatchStart, Chunk, Completion, Failure
 
@@ -25,7 +26,6 @@ from glm4v_batch.types import BatchStart, Chunk, Completion, Failure
 _GRACE_SECONDS = 25.0
 # Nothing looks at the clock while the run waits for a decoder or the source: an alarm ends that.
 _LATE_SECONDS = 1.0
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _Task = TypeVar("_Task", Chunk, Retry)
 _Event = TypeVar("_Event")
@@ -120,13 +120,9 @@ def stopping(deadline: Deadline | None) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals; a program that embeds us has its own
         return
-    # nohup and job runners ignore a signal on purpose; so it stays.
-    handled = [n for n in _STOPPING if signal.getsignal(n) != signal.SIG_IGN]
 
     def stop_gently(number: int, _frame: FrameType | None) -> None:
-        # The next signal is not ours any more: it ends the process at once.
-        for each in handled:
-            signal.signal(each, signal.SIG_DFL)
+        let_the_next_one_end_it()
         stop.signal_number = number
         signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS + _LATE_SECONDS, _LATE_SECONDS)
         # Straight to the descriptor: the stream may be in the middle of a write of its own.
@@ -138,7 +134,7 @@ def stopping(deadline: Deadline | None) -> Iterator[Stop]:
         if stop.is_pulling:
             raise _GraceOverError
 
-    previous = {number: signal.signal(number, stop_gently) for number in handled}
+    previous = {number: signal.signal(number, stop_gently) for number in heeded()}
     previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, end_the_grace)
     if deadline is not None:
         late = max(0.0, deadline.seconds_left) + _GRACE_SECONDS + _LATE_SECONDS

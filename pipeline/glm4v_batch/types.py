@@ -16,6 +16,9 @@ FinishReason = Literal["stop", "length"]
 GridTHW = tuple[int, int, int]
 """Frames, patch rows and patch columns of one image, before the 2×2 merge."""
 
+ENDLESS = 2**62
+"""The number of rows of a source of unknown length: more than any has."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:

@@ -44,13 +44,29 @@ def _table(verdict: "Verdict") -> Iterator[str]:
     if hidden:
         table.append(_cells(f"and {len(hidden):,} more", hidden))
     if len(verdict.sources) > 1:
-        table.append(_cells("all", verdict.sources))
+        table += _sums(verdict)
     if not verdict.with_source:
         table = [[name, *rest] for name, _expected, *rest in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for name, *numbers in table:
         cells = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
         yield "  ".join([name.ljust(widths[0]), *cells])
+
+
+def _sums(verdict: "Verdict") -> Iterator[list[str]]:
+    """The sums of what was compared and of what was not: together they would say nothing."""
+    compared, others = _split(verdict)
+    if compared and others:
+        yield _cells("all compared", compared)
+        yield _cells("all others", others)
+    else:
+        yield _cells("all", verdict.sources)
+
+
+def _split(verdict: "Verdict") -> "tuple[list[SourceCount], list[SourceCount]]":
+    """The sources whose rows were compared with what they hold, and those that have changed or are gone."""
+    compared = [count for count in verdict.sources if count.expected is not None]
+    return compared, [count for count in verdict.sources if count.expected is None]
 
 
 def _cells(name: str, counts: "Sequence[SourceCount]") -> list[str]:
@@ -93,16 +109,23 @@ def _faults(verdict: "Verdict") -> Iterator[str]:
 
 
 def _last_line(verdict: "Verdict") -> str:
-    num_ok = sum(count.num_ok for count in verdict.sources)
-    num_failed = sum(count.num_failed for count in verdict.sources)
-    rows = f"{format_count(num_ok + num_failed, 'row')}, {num_ok:,} ok and {num_failed:,} failed"
+    rows = _how_many(verdict.sources)
     if verdict.is_only_unfinished:
         return f"Not finished: {rows}, are sound, each once; others are still to be done."
     if verdict.faults:
         return f"Not sound: {format_count(len(verdict.faults), 'fault')}."
     if verdict.with_source:
-        return f"Sound and complete: every row of the source stands exactly once: {rows}."
+        compared, gone = _split(verdict)
+        beside = f" Beside them, of sources that are gone: {_how_many(gone)}." if gone else ""
+        return (
+            f"Sound and complete: every row of the source stands exactly once: {_how_many(compared)}.{beside}"
+        )
     return f"Sound: {rows}, each once. Whether any is missing only --source can tell."
+
+
+def _how_many(counts: "Sequence[SourceCount]") -> str:
+    num_ok, num_failed = sum(count.num_ok for count in counts), sum(count.num_failed for count in counts)
+    return f"{format_count(num_ok + num_failed, 'row')}, {num_ok:,} ok and {num_failed:,} failed"
 
 
 def verdict_as_json(verdict: "Verdict") -> str:

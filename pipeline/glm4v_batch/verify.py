@@ -7,30 +7,37 @@ Without the source the proof is about what is there; only the source tells what 
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm4v_batch.described import job_name
-from glm4v_batch.durable import open_regular
 from glm4v_batch.errors import OutputError, sanitise
+from glm4v_batch.holder import lock_holder
 from glm4v_batch.part_check import Fault, PartCheck, check_parts
-from glm4v_batch.parts import STATE_FOLDER, Part, gaps
+from glm4v_batch.parts import STATE_FOLDER, Part, differing_keys, gaps
 from glm4v_batch.source_check import SourceCheck, check_source, open_described
 from glm4v_batch.units import format_count
+
+if TYPE_CHECKING:
+    from glm4v_batch.sources import Source
 
 # 256 MiB of hashes; beyond that, ids are no longer compared.
 _MAX_IDS = 32 << 20
 _NAMED = 5
+# Where inodes are made up anew for every look, no two looks agree.
+_MAX_LOOKS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class SourceCount:
     """The rows of one source.
 
-    *expected* is what the source itself holds, None where nobody looked. *failures* counts by code.
+    *expected* is what the source itself holds; None where it was not looked at, has changed or is gone,
+    so that its rows cannot be compared. *failures* counts by code.
     *num_doubled* rows are too many, as another part holds them. *missing* are rows that no part holds:
     up to the source's end where that is known, else up to the last row that one holds.
     """
@@ -87,42 +94,83 @@ def verify(folder: Path, *, with_source: bool = False) -> Verdict:
     Raises OutputError where *folder* is no output folder or, *with_source*, does not name its source;
     SourceError or JobError where the source cannot be opened.
     """
-    listing = _list(folder)
-    holder = lock_holder(folder)
-    source = open_described(folder) if with_source else None
+    _list(folder)  # what is no output folder has no source either
+    return verify_against(folder, open_described(folder) if with_source else None)
+
+
+def verify_against(folder: Path, source: "Source | None") -> Verdict:
+    """As `verify`, against *source*, which is open already; None: the parts by themselves."""
+    num_looks = 0
+    while True:
+        # The holder first: whoever adds parts after they are listed is then named.
+        before, listing = lock_holder(folder), _list(folder)
+        findings = _look(listing, source)
+        num_looks += 1
+        now = lock_holder(folder)
+        # A run that has ended meanwhile may have made good what was found.
+        is_old = now is None and (before is not None or _list(folder).inodes != listing.inodes)
+        if not (findings.faults and is_old):
+            return _verdict(folder, listing, findings, now or before)
+        if num_looks == _MAX_LOOKS:
+            notices = (*findings.notices, f"the parts changed while they were read, {num_looks} times over")
+            return _verdict(folder, listing, replace(findings, notices=notices), now)
+
+
+@dataclass(frozen=True, slots=True)
+class _Findings:
+    """What one look at all parts showed, and at the source if there is one."""
+
+    survey: "_Survey"
+    with_source: bool
+    counts: tuple[SourceCount, ...]
+    faults: tuple[Fault, ...]
+    notices: tuple[str, ...]
+
+
+def _look(listing: "_Listing", source: "Source | None") -> _Findings:
     survey = _read(listing.parts)
     parts = survey.parts
     against = SourceCheck({}, {}, (), ()) if source is None else check_source(source, parts)
     counts = _count(survey.checks, against)
     faults = [fault for check in survey.checks for fault in check.faults]
-    faults += [
-        *_other_jobs(parts),
-        *_other_versions(parts),
-        *_overlaps(parts, against.moved),
-        *against.faults,
-    ]
-    faults += _missing(counts, holder) if with_source else ()
-    notices = [*against.notices, *survey.notices, *(() if with_source else _holes(counts))]
+    faults += [*_other_jobs(parts), *_other_versions(parts), *_overlaps(parts, against.moved)]
+    faults += [*against.faults, *(() if source is None else _missing(counts))]
+    holes = _holes(counts) if source is None else _holes_of_others(counts)
+    notices = (*against.notices, *survey.notices, *holes)
+    return _Findings(survey, source is not None, tuple(counts), tuple(faults), notices)
+
+
+def _verdict(folder: Path, listing: "_Listing", findings: _Findings, holder: str | None) -> Verdict:
     leftovers = () if holder is not None else listing.leftovers
     return Verdict(
         folder=folder,
         job_name=job_name(folder),
-        fingerprint=_job_of(parts),
-        with_source=with_source,
-        num_parts=len(survey.checks),
-        sources=tuple(counts),
-        faults=tuple(faults),
-        notices=(*notices, *_about_strays(listing.foreign, leftovers)),
+        fingerprint=_job_of(findings.survey.parts),
+        with_source=findings.with_source,
+        num_parts=len(findings.survey.checks),
+        sources=findings.counts,
+        faults=tuple(_beside(holder, findings.faults)),
+        notices=(*findings.notices, *_about_strays(listing.foreign, leftovers)),
         strays=(*listing.foreign, *leftovers),
         holder=holder,
     )
 
 
+def _beside(holder: str | None, faults: Sequence[Fault]) -> Iterator[Fault]:
+    for fault in faults:
+        is_being_done = holder is not None and fault.kind == "missing"
+        yield replace(fault, todo="Wait for the run to end.") if is_being_done else fault
+
+
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """What stands in a folder: files named like parts, what no run writes, what a killed run left."""
+    """What stands in a folder: files named like parts, what no run writes, what a killed run left.
+
+    *inodes* are those of the parts, by which another file under the same name is known.
+    """
 
     parts: tuple[Path, ...]
+    inodes: tuple[int, ...]
     foreign: tuple[str, ...]
     leftovers: tuple[str, ...]
 
@@ -130,7 +178,8 @@ class _Listing:
 def _list(folder: Path) -> _Listing:
     state = folder / STATE_FOLDER
     try:
-        names = sorted(os.listdir(folder))  # noqa: PTH208  pathlib would make 2,000 paths for nothing
+        with os.scandir(folder) as entries:
+            inodes = {entry.name: entry.inode() for entry in sorted(entries, key=lambda entry: entry.name)}
         temporary = state / "tmp"
         leftovers = sorted(os.listdir(temporary)) if temporary.is_dir() else []  # noqa: PTH208
     except OSError as error:
@@ -138,35 +187,15 @@ def _list(folder: Path) -> _Listing:
             f"{folder} cannot be read: {error.strerror}.",
             hint="verify only reads: let this user read the folder and what is in it.",
         ) from None
-    parts = [name for name in names if name.startswith("part-") and name.endswith(".parquet")]
+    parts = [name for name in inodes if name.startswith("part-") and name.endswith(".parquet")]
     if not parts and not state.is_dir():
         raise OutputError(f"{folder} is not an output folder of glm4v-batch: it has no parts.")
     return _Listing(
         tuple(folder / name for name in parts),
-        tuple(name for name in names if name not in {*parts, STATE_FOLDER}),
+        tuple(inodes[name] for name in parts),
+        tuple(name for name in inodes if name not in {*parts, STATE_FOLDER}),
         tuple(str(Path(STATE_FOLDER, "tmp", name)) for name in leftovers),
     )
-
-
-def lock_holder(folder: Path) -> str | None:
-    """What the lock of *folder* says of the run that holds it now, or None where none does.
-
-    Trying the lock would tell as well, and could make a run that starts at this moment give up.
-    """
-    path = folder / STATE_FOLDER / "lock"
-    try:
-        with open_regular(path) as file:
-            inode = os.fstat(file.fileno()).st_ino
-            owner = sanitise(file.read(1000).decode(errors="replace"))
-    except OSError:
-        return None
-    try:
-        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return owner or None  # not Linux: the text goes when a run ends by itself
-    fields = [line.split() for line in locks]
-    held = any("FLOCK" in line and place.endswith(f":{inode}") for line in fields for place in line)
-    return (owner or "owner unknown") if held else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +274,7 @@ def _other_jobs(parts: Sequence[Part]) -> Iterator[Fault]:
         by_job[part.info.fingerprint].append(part)
     (_, ours), *others = sorted(by_job.items(), key=lambda item: -len(item[1])) or [("", [])]
     for _, theirs in others:
-        one, other = ours[0].info.settings, theirs[0].info.settings
-        keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+        keys = differing_keys(ours[0].info.settings, theirs[0].info.settings)
         yield Fault(
             "other_job",
             theirs[0].path.name,
@@ -344,7 +372,7 @@ def _joined(ranges: Sequence[range]) -> list[range]:
     return joined
 
 
-def _missing(counts: Sequence[SourceCount], holder: str | None) -> Iterator[Fault]:
+def _missing(counts: Sequence[SourceCount]) -> Iterator[Fault]:
     lacking = [count for count in counts if count.num_missing and count.expected is not None]
     if lacking:
         first = lacking[0]
@@ -354,7 +382,7 @@ def _missing(counts: Sequence[SourceCount], holder: str | None) -> Iterator[Faul
             f"{format_count(sum(count.num_missing for count in lacking), 'row')} of "
             f"{format_count(len(lacking), 'source')} stand in no part, the first is row "
             f"{first.missing[0].start} of {sanitise(first.path)}.",
-            "Run the job again: glm4v-batch run JOB" if holder is None else "Wait for the run to end.",
+            "Run the job again: glm4v-batch run JOB",
         )
 
 
@@ -366,4 +394,13 @@ def _holes(counts: Sequence[SourceCount]) -> Iterator[str]:
             f"{format_count(holes, 'row')} between others stand in no part, the first is row "
             f"{lacking[0].missing[0].start} of {sanitise(lacking[0].path)}: an interrupted run leaves such "
             "holes and the next one fills them; a part that was lost leaves one too"
+        )
+
+
+def _holes_of_others(counts: Sequence[SourceCount]) -> Iterator[str]:
+    lacking = [count for count in counts if count.num_missing and count.expected is None]
+    for count in lacking:
+        yield (
+            f"{format_count(count.num_missing, 'row')} between others of {sanitise(count.path)} stand in no "
+            "part, and it cannot be compared"
         )

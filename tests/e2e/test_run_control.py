@@ -3,17 +3,21 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import MakeSource
-from tests.e2e.command import ROOT, command, run_command, write_job
+from tests.e2e.command import MODEL, ROOT, command, run_command, write_job
 from tests.e2e.test_run_echo import SLOW, contents, rows_of
+from tests.faults.runs import orphans
 
 QUICK = ["batching: {engine: echo, max_batch_size: 10}"]
 
@@ -123,7 +127,7 @@ def test_a_deadline_ends_the_run_with_whole_parts_and_the_way_to_go_on(
 
     # 400 rows take 7.5 s at the least.
     assert ended.returncode == 143, ended.stderr
-    assert f"Resume with: glm4v-batch run {job} --until" in ended.stdout
+    assert ended.stdout.splitlines()[-1] == f"Resume with: glm4v-batch run {job}"
     assert "Out of time" in ended.stdout
     # None at all where the machine is so slow that the time is over before the run begins.
     num_committed = 20 * len(contents(tmp_path / "out"))
@@ -246,3 +250,109 @@ def test_a_message_to_a_closed_stream_never_lands_in_a_file_of_ours(
     assert b"Stopping" not in b"".join(path.read_bytes() for path in state.iterdir() if path.is_file())
     assert run_command("run", job).returncode == 0
     assert len(rows_of(tmp_path / "out")) == 150
+
+
+def damage(file: Path) -> None:
+    """Change a byte of *file* in a page of images, whose checksum then does not hold."""
+    data = bytearray(file.read_bytes())
+    data[pq.read_metadata(file).row_group(0).column(1).dictionary_page_offset + 200] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_run_that_its_source_ends_says_how_far_it_came_and_how_to_go_on(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    source = make_source(120, shards=3)
+    last = source / "shard-2.parquet"
+    pq.write_table(pq.read_table(last), last, write_page_checksum=True)
+    damage(last)
+    job = write_job(tmp_path / "job.yaml", source, tmp_path / "out", rows_per_part=40)
+
+    ended = run_command("run", job, "--limit", 120)
+
+    assert ended.returncode == 4, ended.stderr
+    assert ended.stderr.splitlines()[-2:] == [
+        f"  80 of 120 rows were committed in {tmp_path / 'out'} by then.",
+        f"  Resume with: glm4v-batch run {job} --limit 120",
+    ]
+    report = json.loads((tmp_path / "out" / ".glm4v-batch" / "report.json").read_text())
+    assert report["rows"] == {"ok": 80, "failed": 0, "committed": 80}
+    assert len(rows_of(tmp_path / "out")) == 80
+
+
+def test_an_error_before_any_work_counts_no_rows(tmp_path: Path, make_source: MakeSource) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(10), tmp_path / "out")
+    run_command("run", job)
+    make_source(11)
+
+    refused = run_command("run", job)
+
+    assert refused.returncode == 4
+    assert "by then" not in refused.stderr
+    assert "Resume with" not in refused.stderr
+
+
+@pytest.fixture
+def endless_start(tmp_path: Path, make_source: MakeSource) -> tuple[Path, Path]:
+    """A job whose run waits for its model's config as long as nobody writes it, and that file, a FIFO."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    (model / "config.json").unlink()
+    os.mkfifo(model / "config.json")
+    job = write_job(tmp_path / "job.yaml", make_source(10), tmp_path / "out")
+    job.write_text(job.read_text().replace(str(MODEL), str(model)))
+    return job, model / "config.json"
+
+
+def wait_for_reader(fifo: Path, process: subprocess.Popen[str]) -> int:
+    """Return once someone has opened *fifo*, with its other end."""
+    while True:
+        assert process.poll() is None, process.communicate()
+        with suppress(OSError):
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_work_begins_says_how_to_go_on_and_leaves_nothing(
+    tmp_path: Path, endless_start: tuple[Path, Path], number: signal.Signals
+) -> None:
+    job, fifo = endless_start
+    process = subprocess.Popen(
+        command("run", job, "--until", "2999-01-01T06:00"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    other_end = wait_for_reader(fifo, process)
+
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    os.close(other_end)
+
+    assert process.returncode == 128 + number
+    assert said == f"Interrupted. Resume with: glm4v-batch run {job} --until 2999-01-01T06:00\n"
+    assert not (tmp_path / "out").exists()
+    assert orphans(process.pid) == []
+
+
+def test_a_signal_while_the_model_loads_says_how_to_go_on(tmp_path: Path, make_source: MakeSource) -> None:
+    engine = ["devices: {use: cpu}", "batching: {engine: generate}"]
+    job = write_job(tmp_path / "job.yaml", make_source(20), tmp_path / "out", extra=engine)
+    process = subprocess.Popen(
+        command("run", job), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert any("expected: " in line for line in iter(process.stderr.readline, ""))
+
+    process.send_signal(signal.SIGTERM)
+    said, told = process.communicate(timeout=60)
+
+    assert process.returncode == 143, told
+    assert said.splitlines() == [
+        f"Interrupted. 0 of 20 rows are committed in {tmp_path / 'out'}.",
+        f"Resume with: glm4v-batch run {job}",
+    ]

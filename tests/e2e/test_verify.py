@@ -86,8 +86,46 @@ def test_a_changed_source_is_a_fault_and_a_vanished_one_is_told(
 
     assert verdict.returncode == 5
     assert "shard-1.parquet is not what 1 part of it were made from: footer_sha256, sample" in verdict.stdout
-    assert "shard-0.parquet is gone; its 1 part stay and cannot be compared" in verdict.stdout
+    assert "shard-0.parquet is gone; its rows in 1 part are kept, and cannot be compared" in verdict.stdout
     assert verdict.stdout.splitlines()[-1] == "Not sound: 1 fault."
+
+
+def test_rows_of_a_vanished_source_are_counted_apart_from_those_that_were_compared(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    source = make_source(60, shards=3, broken=(3, 50))
+    job = write_job(tmp_path / "job.yaml", source, tmp_path / "out")
+    run_command("run", job)
+    (source / "shard-0.parquet").unlink()
+
+    verdict = run_command("verify", tmp_path / "out", "--source")
+    found = json.loads(run_command("verify", tmp_path / "out", "--source", "--json").stdout)
+
+    assert verdict.returncode == 0, verdict.stdout
+    table = {line.split("  ")[0]: line.split()[-6:] for line in verdict.stdout.splitlines() if "  " in line}
+    assert table["all compared"] == ["40", "40", "39", "1", "0", "0"]
+    assert table["all others"] == ["?", "20", "19", "1", "0", "0"]
+    assert verdict.stdout.splitlines()[-1] == (
+        "Sound and complete: every row of the source stands exactly once: 40 rows, 39 ok and 1 failed. "
+        "Beside them, of sources that are gone: 20 rows, 19 ok and 1 failed."
+    )
+    assert [count["expected"] for count in found["sources"]] == [20, 20, None]
+
+
+def test_a_hole_in_the_rows_of_a_vanished_source_is_told_and_is_no_fault(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    source = make_source(100, shards=2)
+    job = write_job(tmp_path / "job.yaml", source, tmp_path / "out")
+    run_command("run", job)
+    sorted((tmp_path / "out").glob("part-shard-0*"))[1].unlink()
+    (source / "shard-0.parquet").unlink()
+
+    verdict = run_command("verify", tmp_path / "out", "--source")
+
+    assert verdict.returncode == 0, verdict.stdout
+    assert "20 rows between others of" in verdict.stdout
+    assert "shard-0.parquet stand in no part, and it cannot be compared" in verdict.stdout
 
 
 def test_a_source_that_stands_elsewhere_now_is_recognised(tmp_path: Path, make_source: MakeSource) -> None:

@@ -1,6 +1,7 @@
 """F4: the disk refuses a call, once or from then on; and file systems that lack what we prefer."""
 
 import errno
+import json
 import re
 import shutil
 from collections import Counter
@@ -21,6 +22,7 @@ from tests.faults.harness import (
     is_part,
     out,
     parts,
+    rows_of,
     run,
     sampled,
     undisturbed,
@@ -155,3 +157,27 @@ def test_a_report_that_cannot_be_written_fails_nothing(scene: Scene, tmp_path: P
     assert finished.code == scene.code
     assert "the report of this run is incomplete" in finished.said
     assert not list(harm_after_finish(scene, disk, finished))
+
+
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "for ever"])
+def test_a_run_that_its_disk_ends_says_how_far_it_came_and_how_to_go_on(
+    scene: Scene, tmp_path: Path, lasts: bool
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    creates = [change.path for _, change in undisturbed(scene) if change.kind == "create"]
+    third = [number for number, path in enumerate(creates, start=1) if path.name.startswith("part-")][2]
+
+    ended = run(scene, disk, f"fail:create:{third}{'+' if lasts else ''}:{errno.ENOSPC}")
+
+    assert ended.code == 5, ended.said
+    assert "cannot be written: No space left on device" in ended.said.splitlines()[-4]
+    assert ended.said.splitlines()[-2:] == [
+        f"  8 of 15 rows were committed in {out(disk)} by then.",
+        f"  Resume with: glm4v-batch run {scene.job} --set output.path={out(disk)}",
+    ]
+    assert len(rows_of(disk)) == 8
+    report = out(disk) / ".glm4v-batch" / "report.json"
+    assert report.exists() is not lasts
+    assert lasts or json.loads(report.read_text())["rows"]["committed"] == 8
+    assert not list(harm_after_finish(scene, disk, run(scene, disk)))

@@ -1,5 +1,6 @@
 """F5: a disk that is really full or read-only and then is not, and a folder that goes away under a run."""
 
+import json
 import os
 import resource
 import shutil
@@ -161,6 +162,8 @@ def test_a_folder_moved_away_and_made_anew_is_another_runs(scene: Scene, tmp_pat
 
     assert ended.code == 75, ended.said
     assert "its lock file was replaced" in ended.said
+    report = json.loads((out(disk) / ".glm4v-batch" / "report.json").read_text())
+    assert report["rows"]["committed"] == len(scene.rows)  # the other run's, as it left it
     assert not list(harm_after_finish(scene, disk, run(scene, disk)))
 
 

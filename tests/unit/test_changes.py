@@ -159,6 +159,24 @@ def test_the_refusal_names_the_way_out(job: Job, make_source: MakeSource) -> Non
     assert "run --on-changed redo" in refused.value.hint
 
 
+def test_the_refusal_names_the_files_and_what_a_person_sees_of_their_change(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    job = read_job(write_job(tmp_path / "job.yaml", make_source(25, shards=25), tmp_path / "out"))
+    finish(job)
+    make_source(50, shards=25, broken=tuple(range(0, 50, 2)))
+
+    with pytest.raises(SourceError) as refused:
+        make_plan(open_job(job))
+
+    first, *lines = str(refused.value).splitlines()
+    assert first == "25 of the sources changed since their rows were committed:"
+    assert len(lines) == 21
+    assert lines[-1] == "  and 5 more"
+    assert all(f"{tmp_path / 'source' / 'shard-'}" in line and len(line) < 200 for line in lines[:-1])
+    assert all("size was " in line and "other content (footer, sample)" in line for line in lines[:-1])
+
+
 def test_output_is_not_touched_before_the_plan_is_made(
     job: Job, tmp_path: Path, make_source: MakeSource
 ) -> None:

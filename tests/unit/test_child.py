@@ -1,6 +1,7 @@
 """Child processes: their helpers outlive a terminal's signals, and nothing of an ended one is left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from glm4v_batch.child import Child
-from tests.e2e.command import ROOT
+from tests.conftest import MakeSource
+from tests.e2e.command import ROOT, write_job
 
 TWICE = """
 import os, signal, sys, time
@@ -80,6 +82,43 @@ def test_ending_a_child_ends_its_writing_though_others_hold_the_pipe() -> None:
     os.kill(holder, signal.SIGKILL)
     assert is_held
     assert {*threading.enumerate()} <= before
+
+
+UNGUARDED = """
+import sys
+from pathlib import Path
+from glm4v_batch.executor import run
+from glm4v_batch.job import read_job
+from glm4v_batch.plan import open_job
+
+events = run(open_job(read_job(Path(sys.argv[1]))))
+print([*events][-1].exit_code)
+"""
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_a_program_without_a_guarded_main_module_is_told_so(
+    tmp_path: Path, make_source: MakeSource, kind: str
+) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(10), tmp_path / "out")
+    source = f"source: {{kind: dataset, path: {tmp_path / 'source'}, id: id}}"
+    if kind == "dataset":
+        job.write_text(re.sub("source: .*", source, job.read_text()))
+    program = tmp_path / "program.py"
+    guard = 'if __name__ == "__main__":'
+    program.write_text(UNGUARDED)
+    guarded = tmp_path / "guarded.py"
+    guarded.write_text(f"{guard}\n" + "".join(f"    {line}\n" for line in UNGUARDED.splitlines()))
+
+    refused, done = (
+        subprocess.run([sys.executable, each, job], cwd=ROOT, capture_output=True, text=True)
+        for each in (program, guarded)
+    )
+
+    assert refused.returncode == 1
+    assert refused.stderr.count("Traceback") == 1, refused.stderr
+    assert refused.stderr.splitlines()[-1].endswith(f"put what starts the run below `{guard}`.")
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 def leave_a_holder(pipe: Connection) -> None:

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from glm4v_batch.deadline import Deadline, read_deadline
+from glm4v_batch.deadline import Deadline, read_deadline, resume_command
 from glm4v_batch.errors import JobError
 
 
@@ -105,3 +105,17 @@ def test_loading_a_model_does_not_count_as_pace() -> None:
         deadline.end_one()
 
     assert deadline.admit(1000)
+
+
+@pytest.mark.parametrize(
+    "until", [["--until", "06:00"], ["--until=06:00"], ["--until", "05:00", "--until=06:00"]]
+)
+def test_the_command_that_goes_on_leaves_out_a_time_that_has_passed(until: list[str]) -> None:
+    now = datetime.now().astimezone()
+    arguments = ["run", *until, "my job.yaml", "--limit", "5"]
+
+    late = resume_command(arguments, now - timedelta(seconds=1))
+    in_time = resume_command(arguments, now + timedelta(hours=1))
+
+    assert late == "glm4v-batch run 'my job.yaml' --limit 5"
+    assert in_time == f"glm4v-batch run {' '.join(until)} 'my job.yaml' --limit 5"

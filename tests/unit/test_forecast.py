@@ -1,5 +1,6 @@
 """What a run is expected to be like, and that earlier runs make it better known."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from glm4v_batch.asked import Asked
 from glm4v_batch.forecast import Forecast, context_of, fetching_seconds
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.output import locked
+from glm4v_batch.parts import STATE_FOLDER
 from glm4v_batch.plan import make_plan, open_job
 from glm4v_batch.report import Report
 from glm4v_batch.speed import prior_seconds
@@ -71,6 +73,28 @@ def test_what_earlier_batches_measured_replaces_the_guess(job: Job) -> None:
     assert measured.time.high_seconds < guessed.time.high_seconds
     assert measured.batch_size < guessed.batch_size
     assert len(measured.samples(0)) == 16
+
+
+ODD_REPORTS = [
+    ({"replicas": ["load_seconds"]}, "replicas that are a list"),
+    ({"replicas": {"load_seconds": "3.0"}}, "seconds that are text"),
+    ({"replicas": {"load_seconds": [3.0]}}, "seconds that are a list"),
+    ({"replicas": {"load_seconds": 10**400}}, "seconds larger than any float"),
+    ({"replicas": {"load_seconds": float("nan")}}, "seconds that are no number"),
+    ({"replicas": {"load_seconds": float("inf")}}, "seconds without end"),
+    ({"replicas": {"load_seconds": -3.0}}, "seconds below none"),
+    ({"contexts": 7, "replicas": {"load_seconds": 3.0}}, "contexts that are a number"),
+]
+
+
+@pytest.mark.parametrize("odd", [odd for odd, _ in ODD_REPORTS], ids=[name for _, name in ODD_REPORTS])
+def test_a_report_that_holds_anything_else_counts_as_none(job: Job, odd: dict[str, object]) -> None:
+    guessed = forecast_of(job)
+    state = Path(job.output.path) / STATE_FOLDER
+    state.mkdir(parents=True)
+    (state / "report.json").write_text(json.dumps({"contexts": [*guessed.contexts], **odd}))
+
+    assert forecast_of(job).time == guessed.time
 
 
 def test_batches_of_other_cards_say_nothing(job: Job) -> None:

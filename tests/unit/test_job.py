@@ -332,6 +332,13 @@ def test_many_mistakes_are_cut_to_a_readable_number(tmp_path: Path) -> None:
     assert lines[-1] == "and 450 more"
 
 
+def test_mistakes_that_are_not_shown_count_too(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL + "".join(f"x{i}: 1\n" for i in range(51)))
+
+    with pytest.raises(JobError, match=r"^51 mistakes in .*job\.yaml:\n"):
+        read_job(path)
+
+
 def test_a_file_that_is_not_there_or_no_file_or_not_text_is_refused(tmp_path: Path) -> None:
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"name: a\nsource: caf\xe9\n")

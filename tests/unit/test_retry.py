@@ -211,3 +211,17 @@ def test_the_plan_comes_first_and_the_outcome_last(job: Job) -> None:
     assert isinstance(events[0], Plan)
     assert sum(isinstance(event, Replaced) for event in events) == 3
     assert isinstance(events[-1], Outcome)
+
+
+def test_a_retry_that_its_disk_ends_says_how_many_rows_were_done_again(job: Job) -> None:
+    finish(job)
+    mend(job, 3, 17, 41)
+    out = Path(job.output.path)
+    events = run(open_job(job), MISSING)
+    first = next(event for event in events if isinstance(event, Replaced))
+    (out / ".glm4v-batch" / "lock").unlink()
+
+    with pytest.raises(OutputError) as ended:
+        list(events)
+
+    assert ended.value.progress == f"{first.num_rows} of 4 failed rows in {out} were done again by then."

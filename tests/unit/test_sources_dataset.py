@@ -15,12 +15,11 @@ from PIL import Image
 from glm4v_batch.errors import JobError, SourceError
 from glm4v_batch.job import DatasetSettings, ParquetSettings
 from glm4v_batch.sources import RecordColumns, Source, open_source
-from glm4v_batch.types import Chunk, Record
+from glm4v_batch.types import ENDLESS, Chunk, Record
 
 datasets = pytest.importorskip("datasets")
 
 NUM_ROWS = 20
-ENDLESS = 2**62
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,7 @@ from glm4v_batch.job import ParquetSettings
 from glm4v_batch.sources import RecordColumns, Source, check_columns, cut
 from glm4v_batch.sources.parquet import ParquetFiles, ParquetSource
 from glm4v_batch.templates import fill, parse_template
-from glm4v_batch.types import Chunk, ImageRef, Record
-
-ENDLESS = 2**62
+from glm4v_batch.types import ENDLESS, Chunk, ImageRef, Record
 
 
 def write_rows(

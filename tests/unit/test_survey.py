@@ -22,11 +22,10 @@ from glm4v_batch.plan import open_job, preprocess_settings
 from glm4v_batch.preprocess import Preprocessor, PreprocessSettings
 from glm4v_batch.sources import RecordColumns, Shard, cut, open_source
 from glm4v_batch.survey import SampleLimits, Survey, most_visual_tokens, survey, worst_case
-from glm4v_batch.types import Chunk, ImageRef, Record, Request, RequestSize
+from glm4v_batch.types import ENDLESS, Chunk, ImageRef, Record, Request, RequestSize
 from tests.conftest import MakeSource, image_bytes
 from tests.tiny import job_of, sample
 
-ENDLESS = 2**62
 IMAGE = ImageRef(data=image_bytes(0))
 
 

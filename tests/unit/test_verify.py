@@ -3,7 +3,9 @@
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from glm4v_batch.errors import OutputError
 from glm4v_batch.output import fingerprint, locked
 from glm4v_batch.part_check import Fault, check_part
 from glm4v_batch.parts import FOOTER_KEY, RESULT_FIELDS, STATE_FOLDER, PartInfo, _footer, part_name
+from glm4v_batch.sources import Shard
+from glm4v_batch.types import Chunk, Record
 from glm4v_batch.verdict_text import verdict_as_json, verdict_as_text
-from glm4v_batch.verify import Verdict, verify
+from glm4v_batch.verify import Verdict, verify, verify_against
 
 SETTINGS = {"prompt.user": "Describe.", "output.columns": ["title"]}
 SCHEMA = pa.schema([*RESULT_FIELDS, pa.field("title", pa.string())])
@@ -402,3 +406,93 @@ def test_the_table_shows_troubled_sources_first_and_sums_up_the_rest(folder: Pat
     assert lines[5].split() == ["29.parquet", "3", "3", "0", "3", "0"]
     assert lines[25].split() == ["and", "10", "more", "20", "20", "0", "0", "0"]
     assert lines[26].split() == ["all", "61", "61", "0", "3", "0"]
+
+
+def test_no_name_of_a_file_or_source_reaches_a_fault_as_a_terminal_would_obey_it(folder: Path) -> None:
+    clear = "\x1b[2J\n\u202e"
+    write(folder, rows_of(0, 3)).rename(folder / f"part-a{clear}.parquet")
+    other = info_of(rows_of(1, 3), source={"path": f"a.parquet{clear}", "size": 8})
+    write(folder, rows_of(1, 3), other).rename(folder / f"part-b{clear}.parquet")
+    version = info_of(rows_of(3, 6), source={"path": f"a.parquet{clear}", "size": 9})
+    write(folder, rows_of(3, 6), version).rename(folder / f"part-c{clear}.parquet")
+    (folder / f"part-d{clear}.parquet").write_bytes(b"PAR1")
+
+    verdict = verify(folder)
+
+    assert {*kinds(verdict)} == {"inconsistent", "changed", "unreadable"}
+    assert all(text.isprintable() for fault in verdict.faults for text in (fault.where, fault.what))
+    assert {fault.where for fault in verdict.faults if fault.kind == "unreadable"} == {
+        r"part-d\x1b[2J\n\u202e.parquet"
+    }
+    found = json.loads(verdict_as_json(verdict))["faults"]
+    assert all(text.isprintable() for fault in found for text in (fault["where"], fault["what"]))
+
+
+class ChangingSource:
+    """Twelve rows of a.parquet; whenever they are counted, something happens in the output folder."""
+
+    schema = SCHEMA
+    root = None
+
+    def __init__(self, *happens: Callable[[], object]) -> None:
+        self._happens = [*happens]
+
+    def shards(self) -> Sequence[Shard]:
+        if self._happens:
+            self._happens.pop(0)()
+        return [Shard("a.parquet", 12, {"path": "a.parquet", "size": 9})]
+
+    def chunks(self, shard: Shard, gaps: Iterable[range], rows_per_chunk: int) -> Iterator[Chunk]:
+        raise NotImplementedError
+
+    def read(self, chunk: Chunk) -> Iterator[Record]:
+        raise NotImplementedError
+
+
+def test_parts_that_a_run_added_before_it_ended_are_not_missed(folder: Path) -> None:
+    write(folder, rows_of(0, 4))
+    run = ExitStack()
+    run.enter_context(locked(folder))
+
+    def add_a_part_and_end() -> None:
+        write(folder, rows_of(4, 12))
+        run.close()
+
+    verdict = verify_against(folder, ChangingSource(add_a_part_and_end))
+
+    assert (verdict.faults, verdict.num_parts, verdict.holder) == ((), 2, None)
+
+
+def test_a_run_that_came_and_went_while_parts_were_read_is_noticed(folder: Path) -> None:
+    write(folder, rows_of(0, 4))
+
+    def run() -> None:
+        with locked(folder):
+            write(folder, rows_of(4, 12))
+
+    verdict = verify_against(folder, ChangingSource(run))
+
+    assert (verdict.faults, verdict.num_parts, verdict.holder) == ((), 2, None)
+
+
+def test_what_is_missing_while_a_run_has_begun_is_said_to_be_on_its_way(folder: Path) -> None:
+    write(folder, rows_of(0, 4))
+    with ExitStack() as run:
+        verdict = verify_against(folder, ChangingSource(lambda: run.enter_context(locked(folder))))
+
+    assert [(fault.kind, fault.todo) for fault in verdict.faults] == [("missing", "Wait for the run to end.")]
+    assert verdict.holder is not None
+    assert "a run holds this folder" in verdict_as_text(verdict)
+
+
+def test_a_folder_that_changes_under_every_look_is_not_looked_at_for_ever(folder: Path) -> None:
+    write(folder, rows_of(0, 4))
+    numbers = count()
+
+    def change() -> None:
+        write(folder, rows_of(4, 8)).replace(folder / f"part-{next(numbers)}.parquet")
+
+    verdict = verify_against(folder, ChangingSource(*[change] * 9))
+
+    assert "missing" in kinds(verdict)
+    assert "the parts changed while they were read, 3 times over" in verdict.notices

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, assert_never
 
-from glm4v_batch.errors import JobError, SourceError, said_by, sanitise
+from glm4v_batch.errors import JobError, SourceError
 from glm4v_batch.job import DatasetSettings, ParquetSettings, SourceSettings
 from glm4v_batch.mistakes import suggest
 from glm4v_batch.types import Chunk, Record
@@ -168,12 +168,3 @@ def cut(gaps: Iterable[range], rows_per_chunk: int) -> Iterator[range]:
             stop = min(gap.stop, (start // rows_per_chunk + 1) * rows_per_chunk)
             yield range(start, stop)
             start = stop
-
-
-def first_line(error: BaseException, *, with_quotes: bool = False) -> str:
-    """What *error* says, in one line that fits into a message.
-
-    It quotes nothing of the data, unless *with_quotes* says that it can only quote the job.
-    """
-    said = str(error).strip() if with_quotes else said_by(error, with_kind=False)
-    return sanitise(said.split("\n")[0].rstrip(".") or type(error).__name__)

@@ -15,11 +15,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from glm4v_batch.errors import JobError, SourceError
+from glm4v_batch.errors import JobError, SourceError, first_line
 from glm4v_batch.job import DatasetSettings
 from glm4v_batch.types import Chunk, Record
 
-from . import RecordColumns, Shard, cut, first_line
+from . import RecordColumns, Shard, cut
 from .cells import Layout, check_image_column, records
 
 _ROWS_PER_READ = 32

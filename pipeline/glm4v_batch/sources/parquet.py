@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from glm4v_batch.errors import JobError, SourceError, sanitise
+from glm4v_batch.errors import JobError, SourceError, first_line, sanitise
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.types import Chunk, Record
 from glm4v_batch.units import format_bytes
 
-from . import RecordColumns, Shard, cut, first_line
+from . import RecordColumns, Shard, cut
 from .cells import Layout, check_image_column, records
 
 _MAGIC = b"PAR1"

@@ -170,6 +170,7 @@ class Reader:
                 child.end(grace_seconds=0)
             except (EOFError, OSError):
                 end = child.end(grace_seconds=1)
+                end.refuse_unguarded()
                 how, was_killed = f"it died by {end}", end.was_killed
             self._child = None
             num_kills += was_killed
