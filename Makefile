@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test faults check format clean
+.PHONY: help install run test faults bench check format clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: $(INSTALLED) ## run the tests
 
 faults: $(INSTALLED) ## try every fault, where `make test` takes a sample; says how many
 	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults
+
+bench: $(INSTALLED) ## measure the engines on a full-size random model; needs a GPU and 22 GB in build/bench
+	PYTHONPATH=pipeline:. $(BIN)/python -m tests.bench build/bench --out build/bench/figures.json
 
 check: $(INSTALLED) ## ruff, mypy and the import layers
 	$(BIN)/ruff check .

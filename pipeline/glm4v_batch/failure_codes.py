@@ -24,6 +24,7 @@ FailureCode = Literal[
     "prompt_missing_column",
     "prompt_column_type",
     "prompt_too_long",
+    "no_new_tokens",
     "decoder_crashed",
     "decoder_timeout",
     "preprocess_error",
@@ -97,6 +98,11 @@ FAILURE_KINDS: Mapping[FailureCode, FailureKind] = {
         ("render",),
         "prompt, images and answer exceed the model's context",
         "Shorten the text, lower `images.max_pixels` or `generation.max_new_tokens`.",
+    ),
+    "no_new_tokens": FailureKind(
+        ("render",),
+        "the column of `generation.max_new_tokens_column` holds 0 or less",
+        "Put 1 or more there, or a null for the job's own number.",
     ),
     "decoder_crashed": FailureKind(
         ("decode",),

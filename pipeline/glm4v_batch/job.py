@@ -163,6 +163,10 @@ class GenerationSettings(_Section):
     """How the model writes. Changing any of these changes the output."""
 
     max_new_tokens: int = Field(default=64, ge=1, description="An answer is cut after this many tokens.")
+    max_new_tokens_column: Text | None = Field(
+        default=None,
+        description="The column of whole numbers that cut the answers of single rows earlier. Null: none.",
+    )
     temperature: float = Field(
         default=0.0, ge=0, description="0 takes the likeliest token; more is more random."
     )
@@ -177,6 +181,11 @@ class GenerationSettings(_Section):
         default=1.0, gt=0, description="Above 1, tokens already used become unlikelier."
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="The seed of sampling.")
+
+    @property
+    def own_columns(self) -> tuple[str, ...]:
+        """The columns from which rows take settings of their own."""
+        return (self.max_new_tokens_column,) if self.max_new_tokens_column else ()
 
     @field_validator("top_p", "top_k")
     @classmethod
@@ -385,9 +394,10 @@ class Job(_Section):
             ("source", "id"): (self.source.id,) if self.source.id else (),
             ("source", "image"): (self.source.image,),
             ("prompt", "user"): columns_of(self.prompt.user),
+            ("generation", "max_new_tokens_column"): self.generation.own_columns,
             ("output", "columns"): self.output.columns,
         }
-        return {self._locate(location): columns for location, columns in asked.items()}
+        return {self._locate(location): columns for location, columns in asked.items() if columns}
 
     def _locate(self, location: tuple[str, str]) -> str:
         setting = ".".join(location)
@@ -485,6 +495,7 @@ images:
 
 generation:
   max_new_tokens: 64
+  # max_new_tokens_column: null  # a column of whole numbers that cut the answers of single rows earlier
   # temperature: 0             # 0: always the likeliest token
   # top_p: null
   # top_k: null

@@ -26,6 +26,7 @@ from glm4v_batch.sources import (
     check_columns,
     check_prompt,
     check_root,
+    check_whole_numbers,
     open_source,
 )
 from glm4v_batch.templates import columns_of
@@ -33,6 +34,8 @@ from glm4v_batch.types import ENDLESS, Chunk
 
 # They decide which images fail, and raising them is how those are done after all.
 _NOT_TEXT = {"max_image_pixels", "max_image_bytes"}
+# Without these the text is what it was before they existed, and so are the folders of that time.
+_NEWER = {"max_new_tokens_column"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +159,13 @@ def open_job(job: Job) -> OpenJob:
 
     Raises JobError for columns that no one has, SourceError for a source that cannot be read.
     """
-    columns = RecordColumns(columns_of(job.prompt.user), job.output.columns)
+    prompt_columns, own_columns = columns_of(job.prompt.user), job.generation.own_columns
+    columns = RecordColumns(tuple(dict.fromkeys(prompt_columns + own_columns)), job.output.columns)
     source = open_source(job.source, columns, own_output=Path(job.output.path))
     check_columns(source.schema.names, job.asked_columns(), where=job.source.path)
     check_root(source, job.source.image)
-    check_prompt(source.schema, columns.fields)
+    check_prompt(source.schema, prompt_columns)
+    check_whole_numbers(source.schema, own_columns)
     checkpoint = read_checkpoint(locate(job.model.name, job.model.revision))
     opened = OpenJob(job, source, tuple(source.shards()), checkpoint, text_settings(job, checkpoint))
     _refuse_impossible_prompts(opened)
@@ -191,6 +196,7 @@ def text_settings(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
             f"{section}.{name}": value
             for section, settings in sections.items()
             for name, value in settings.model_dump(mode="json", exclude=_NOT_TEXT).items()
+            if value is not None or name not in _NEWER
         },
         "source.id": job.source.id,
         "source.image": job.source.image,
@@ -206,6 +212,7 @@ def preprocess_settings(opened: OpenJob) -> PreprocessSettings:
         system=job.prompt.system,
         user=job.prompt.user,
         max_new_tokens=job.generation.max_new_tokens,
+        max_new_tokens_column=job.generation.max_new_tokens_column,
         root=None if root is None else Path(root),
         min_pixels=job.images.min_pixels,
         max_pixels=job.images.max_pixels,

@@ -63,6 +63,7 @@ class PreprocessSettings:
     system: str | None
     user: str
     max_new_tokens: int
+    max_new_tokens_column: str | None = None
     root: Path | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -114,9 +115,10 @@ class Preprocessor:
     def _request(self, chunk: Chunk, record: Record) -> Request:
         settings, processing = self._settings, self._processing
         check_readable(record)
-        images = self._images(record)
+        new_tokens = most_new_tokens(record, settings)
+        images = self._images(record, new_tokens)
         image_tokens = [visual_tokens(image.grid, processing.merge_size) for image in images]
-        input_ids = self._renderer.render(record.fields, image_tokens, settings.max_new_tokens)
+        input_ids = self._renderer.render(record.fields, image_tokens, new_tokens)
         patches = _joined(images, len(processing.image_mean) * processing.patch_size**2)
         return Request(
             record_id=record.record_id,
@@ -124,11 +126,11 @@ class Preprocessor:
             row=record.row,
             prompt_tokens=len(input_ids),
             visual_patches=len(patches),
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=new_tokens,
             inputs=ModelInputs(input_ids, patches, tuple(image.grid for image in images)),
         )
 
-    def _images(self, record: Record) -> list[ImagePatches]:
+    def _images(self, record: Record, new_tokens: int) -> list[ImagePatches]:
         """The images of *record*, as long as the context holds them: a list of them may be endless."""
         settings, processing = self._settings, self._processing
         images: list[ImagePatches] = []
@@ -136,7 +138,7 @@ class Preprocessor:
         for ref in record.images:
             images.append(read_image(ref, settings.root, settings.limits, processing))
             num_tokens += visual_tokens(images[-1].grid, processing.merge_size)
-            check_context(num_tokens, settings)
+            check_context(num_tokens + new_tokens, settings)
         return images
 
 
@@ -146,10 +148,22 @@ def check_readable(record: Record) -> None:
         raise RecordError("read", "record_too_large", f"its cells take {format_bytes(record.oversize_bytes)}")
 
 
+def most_new_tokens(record: Record, settings: PreprocessSettings) -> int:
+    """After how many tokens the answer of *record* is cut: the job's number, or its own where that is less.
+
+    Raises RecordError where its own leaves no answer.
+    """
+    column = settings.max_new_tokens_column
+    own = None if column is None else record.fields[column]
+    if own is not None and own < 1:
+        raise RecordError("render", "no_new_tokens", f"column {column} allows {own} new tokens")
+    return settings.max_new_tokens if own is None else min(own, settings.max_new_tokens)
+
+
 def check_context(num_tokens: int, settings: PreprocessSettings) -> None:
-    """Raise RecordError where the visual tokens of the images so far leave no room in the model's context."""
+    """Raise RecordError where *num_tokens* of images and answer alone exceed the model's context."""
     context_tokens = settings.checkpoint.context_tokens
-    if num_tokens + settings.max_new_tokens > context_tokens:
+    if num_tokens > context_tokens:
         raise RecordError(
             "render",
             "prompt_too_long",

@@ -7,7 +7,7 @@ Neither says what is done: only parts do.
 import json
 import os
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -50,6 +50,8 @@ class Report:
         self._lost: list[ReplicaLost] = []
         self._uses: dict[int, _Use] = {}
         self._started = time.monotonic()
+        self._seconds_to: dict[str, float] = {}
+        self._phase_seconds: defaultdict[str, float] = defaultdict(float)
         self._failures: Counter[str] = Counter()
         # A night has hundreds of thousands of batches; the last ones tell as much.
         self._runs: deque[BatchRun] = deque(maxlen=_MEMORY_OF_RUNS)
@@ -72,8 +74,12 @@ class Report:
 
     def add_part(self, part: Part) -> None:
         """Count the rows that *part* made durable."""
+        self._note("first_part")
         self.num_committed += part.info.num_rows
         self.num_failed_committed += part.info.num_failed
+
+    def _note(self, milestone: str) -> None:
+        self._seconds_to.setdefault(milestone, time.monotonic() - self._started)
 
     def add_replaced(self, replaced: Replaced) -> None:
         """Count the rows that were done again and are durable."""
@@ -84,6 +90,8 @@ class Report:
         """Keep what a batch measured, on disk too."""
         self._runs.append(run)
         self._num_batches.update(num=1, out_of_memory=int(run.out_of_memory))
+        for phase, seconds in run.phase_seconds.items():
+            self._phase_seconds[phase] += seconds
         line = json.dumps({"context": self._contexts[run.replica], **asdict(run)})
         with self._tolerating(), open_to_append(self._folder / "batches.jsonl") as file:
             file.write(f"{line}\n".encode())
@@ -93,6 +101,9 @@ class Report:
         match event:
             case ReplicaReady():
                 self._ready.append(event)
+                self._note("first_ready")
+                if len(self._ready) == len(self._contexts):
+                    self._note("all_ready")
             case ReplicaLost():
                 self._lost.append(event)
 
@@ -110,6 +121,8 @@ class Report:
             "rows": {"ok": self._num_ok, "failed": num_failed, "committed": self.num_committed},
             "failures": dict(self._failures.most_common()),
             "seconds": round(seconds, 3),
+            "seconds_to": {name: round(value, 3) for name, value in self._seconds_to.items()},
+            "phase_seconds": {name: round(value, 3) for name, value in self._phase_seconds.items()},
             "rows_per_second": round((self._num_ok + num_failed) / seconds, 3),
             "tokens": {"prompt": self._tokens["prompt"], "completion": self._tokens["completion"]},
             "batches": {**batch_figures(self._runs), **self._counted_batches()},
@@ -189,22 +202,7 @@ def batch_figures(runs: Collection[BatchRun]) -> dict[str, Any]:
         figures["budget_used_median"] = round(_quantile(used, 0.5), 4)
         figures["peak_bytes"] = max(max(run.peak_bytes) for run in measured)
         figures["reserved_beyond_peak_p95"] = round(_quantile(list(_beyond_peak(measured)), 0.95), 4)
-    return {**figures, **_device_seconds(runs)}
-
-
-def _device_seconds(runs: Collection[BatchRun]) -> dict[str, Any]:
-    """How long devices were at work, where the engine has measured it, and the share that they were idle."""
-    vision, steps = sum(run.vision_seconds for run in runs), sum(run.step_seconds for run in runs)
-    total = sum(run.seconds for run in runs)
-    if not steps:
-        return {}
-    return {
-        "seconds": round(total, 3),
-        "vision_seconds": round(vision, 3),
-        "step_seconds": round(steps, 3),
-        "compile_seconds": round(max(run.compile_seconds for run in runs), 3),
-        "idle_share": round(max(0.0, 1 - (vision + steps) / total), 4),
-    }
+    return figures
 
 
 def _beyond_peak(runs: Sequence[BatchRun]) -> Iterator[float]:

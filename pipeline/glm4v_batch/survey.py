@@ -18,7 +18,13 @@ import numpy as np
 from glm4v_batch.checkpoint import ImageProcessing
 from glm4v_batch.errors import RecordError
 from glm4v_batch.images import open_image, visual_grid, visual_tokens, with_pixel_limits
-from glm4v_batch.preprocess import PreprocessSettings, check_readable, preprocess, request_or_failure
+from glm4v_batch.preprocess import (
+    PreprocessSettings,
+    check_readable,
+    most_new_tokens,
+    preprocess,
+    request_or_failure,
+)
 from glm4v_batch.sources import Source
 from glm4v_batch.templates import columns_of
 from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request, RequestSize
@@ -187,17 +193,18 @@ class HeaderReader:
     def _request(self, chunk: Chunk, record: Record) -> Request:
         settings, processing = self._settings, self._processing
         check_readable(record)
+        new_tokens = most_new_tokens(record, settings)
         headers = (open_image(ref, settings.root, settings.limits) for ref in record.images)
         grids = tuple(visual_grid(header, processing) for header in headers)
         image_tokens = [visual_tokens(grid, processing.merge_size) for grid in grids]
-        input_ids = self._renderer.render(record.fields, image_tokens, settings.max_new_tokens)
+        input_ids = self._renderer.render(record.fields, image_tokens, new_tokens)
         return Request(
             record_id=record.record_id,
             chunk_id=chunk.chunk_id,
             row=record.row,
             prompt_tokens=len(input_ids),
             visual_patches=sum(map(math.prod, grids)),
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=new_tokens,
             inputs=ModelInputs(input_ids, np.empty((0, 0), np.uint8), grids),
         )
 

@@ -12,6 +12,9 @@ from glm4v_batch.failure_codes import FailureCode, Stage
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Phase = Literal["compile", "vision", "prefill", "decode", "idle"]
+"""What a device's time goes to; *idle* is when it had nothing to do though requests were there."""
+
 FinishReason = Literal["stop", "length"]
 GridTHW = tuple[int, int, int]
 """Frames, patch rows and patch columns of one image, before the 2×2 merge."""
@@ -158,8 +161,7 @@ class PeakSample:
 class BatchRun:
     """What running one batch took: a line of `batches.jsonl`.
 
-    The packed engine also says how long its devices were at work on images and on tokens, of all its
-    seconds, and what it took to compile; another engine says 0.
+    *phase_seconds* says where the time went, as far as the engine knows; phases that overlap add up to more.
     """
 
     shape: BatchShape
@@ -172,9 +174,7 @@ class BatchRun:
     completion_tokens: int
     reserved_bytes: tuple[int, ...] = ()
     replica: int = 0
-    vision_seconds: float = 0.0
-    step_seconds: float = 0.0
-    compile_seconds: float = 0.0
+    phase_seconds: Mapping[Phase, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """The parts of the generate engine that a wrong batch would betray."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,22 @@ def test_a_batch_is_announced_before_it_runs() -> None:
             case Completion():
                 assert (event.chunk_id, event.row) in announced
     assert sum(isinstance(event, BatchStart) for event in events) == len(runs(events)) == 2
+
+
+def test_rows_of_one_batch_are_cut_each_at_its_own_length() -> None:
+    lengths = [1, 9, 4]
+    requests = [
+        replace(request, max_new_tokens=length)
+        for request, length in zip(sample("caption")[1][:3], lengths, strict=True)
+    ]
+
+    events = list(engine("caption", max_batch_size=3).run(requests))
+
+    ended = sorted((event for event in events if isinstance(event, Completion)), key=lambda each: each.row)
+    assert len(runs(events)) == 1
+    assert [(each.completion_tokens, each.finish_reason) for each in ended] == [
+        (length, "length") for length in lengths
+    ]
 
 
 def test_a_drained_engine_ends_after_the_batch_in_hand() -> None:

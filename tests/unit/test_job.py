@@ -75,6 +75,7 @@ def test_a_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
         },
         "generation": {
             "max_new_tokens": 64,
+            "max_new_tokens_column": None,
             "temperature": 0.0,
             "top_p": None,
             "top_k": None,

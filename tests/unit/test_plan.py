@@ -36,6 +36,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "images.min_pixels": (5000, True),
     "images.max_pixels": (50_000, True),
     "generation.max_new_tokens": (7, True),
+    "generation.max_new_tokens_column": ("length", True),
     "generation.temperature": (0.5, True),
     "generation.top_p": (0.5, True),
     "generation.top_k": (5, True),
@@ -206,6 +207,8 @@ def test_an_output_below_its_source_does_not_feed_on_itself(job: Job, tmp_path: 
         ("source.image", "title", "source.root is not set"),
         ("images.max_pixels", 10, "images.max_pixels"),
         ("generation.max_new_tokens", 999_999, "context"),
+        ("generation.max_new_tokens_column", "title", "names title, a column of string"),
+        ("generation.max_new_tokens_column", "titel", "Did you mean title"),
     ],
 )
 def test_what_would_fail_every_row_is_refused_before_the_model_loads(
@@ -213,6 +216,13 @@ def test_what_would_fail_every_row_is_refused_before_the_model_loads(
 ) -> None:
     with pytest.raises(JobError, match=message):
         open_job(with_value(job, setting, value))
+
+
+def test_a_folder_from_before_rows_had_lengths_of_their_own_is_gone_on_with(job: Job) -> None:
+    settings = text_settings(job, read_checkpoint(MODEL))
+
+    assert "generation.max_new_tokens" in settings
+    assert "generation.max_new_tokens_column" not in settings
 
 
 def test_a_root_that_is_not_there_is_unreadable_input(job: Job, tmp_path: Path) -> None:

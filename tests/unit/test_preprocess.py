@@ -130,6 +130,34 @@ def test_request_says_what_the_model_will_see() -> None:
     assert result.max_new_tokens == 8
 
 
+@pytest.mark.parametrize(("own", "expected"), [(3, 3), (8, 8), (9, 8), (None, 8)])
+def test_a_row_may_cut_its_answer_earlier_than_the_job_does(own: int | None, expected: int) -> None:
+    settings = replace(SETTINGS, max_new_tokens_column="length")
+    [(chunk, record)] = items(["x"])
+    asked = replace(record, fields={**record.fields, "length": own})
+
+    [result] = preprocess([(chunk, asked)], settings, num_workers=0)
+
+    assert isinstance(result, Request)
+    assert result.max_new_tokens == expected
+
+
+@pytest.mark.parametrize("own", [0, -1])
+def test_a_row_that_leaves_no_room_for_an_answer_fails_alone(own: int) -> None:
+    settings = replace(SETTINGS, max_new_tokens_column="length")
+    two = [
+        (chunk, replace(record, fields={**record.fields, "length": length}))
+        for (chunk, record), length in zip(items(["x", "y"]), [own, 5], strict=True)
+    ]
+
+    bad, good = preprocess(two, settings, num_workers=0)
+
+    assert isinstance(bad, Failure)
+    assert (bad.stage, bad.code) == ("render", "no_new_tokens")
+    assert bad.message == f"column length allows {own} new tokens"
+    assert isinstance(good, Request)
+
+
 def test_record_with_several_images_has_their_patches_in_order() -> None:
     refs = (ImageRef(data=picture(1)), ImageRef(data=picture(2, (150, 40))))
     record = Record("a", "s", 0, refs, {"title": ""})

@@ -109,6 +109,29 @@ def test_a_report_tells_of_replicas_devices_and_the_plan(folder: Path) -> None:
     assert told["plan"]["actual_seconds"] >= 0
 
 
+def test_a_report_adds_up_the_phases_that_batches_tell_of(folder: Path) -> None:
+    report = Report(folder, ["c"])
+
+    report.add_batch(replace(batch(), phase_seconds={"vision": 1.5, "compile": 20.0}))
+    report.add_batch(replace(batch(), phase_seconds={"vision": 0.25, "idle": 0.125}))
+    report.add_batch(batch())
+
+    assert report.as_dict()["phase_seconds"] == {"vision": 1.75, "compile": 20.0, "idle": 0.125}
+    assert [run.phase_seconds.get("vision") for _, run in read_runs(folder)] == [1.5, 0.25, None]
+
+
+def test_a_report_says_when_the_first_and_when_all_replicas_were_ready(folder: Path) -> None:
+    report = Report(folder, ["c", "c"])
+
+    report.add_replica(ReplicaReady(1, 1.0, (100,)))
+    after_one = report.as_dict()["seconds_to"]
+    report.add_replica(ReplicaReady(0, 1.0, (100,)))
+
+    assert set(after_one) == {"first_ready"}
+    told = report.as_dict()["seconds_to"]
+    assert told["first_ready"] == after_one["first_ready"] <= told["all_ready"]
+
+
 def test_a_line_that_a_crash_cut_short_is_passed_over(folder: Path) -> None:
     Report(folder, ["c"]).add_batch(batch())
     path = folder / STATE_FOLDER / "batches.jsonl"

@@ -190,7 +190,7 @@ class GenerateEngine:
         prompt_length = inputs["input_ids"].shape[1]
         output = self._model.generate(
             **inputs,
-            generation_config=self._config(),
+            generation_config=self._config(batch),
             logits_processor=self._sampling(batch, prompt_length),
         )
         tokens: list[list[int]] = output[:, prompt_length:].tolist()
@@ -217,10 +217,11 @@ class GenerateEngine:
         patches_P = torch.from_numpy(np.concatenate([r.inputs.patches for r in batch])).to(self._device)
         return normalise(patches_P, self._table, self._vocabulary.temporal_patch_size)
 
-    def _config(self) -> GenerationConfig:
+    def _config(self, batch: Sequence[Request]) -> GenerationConfig:
         eos = list(self._vocabulary.eos_token_ids)
+        longest = max(request.max_new_tokens for request in batch)
         return GenerationConfig(
-            max_new_tokens=self._generation.max_new_tokens,
+            max_new_tokens=min(longest, self._generation.max_new_tokens),
             # Sampling is argmax over seeded noise, so that no neighbour changes a record's draw.
             do_sample=False,
             repetition_penalty=self._generation.repetition_penalty,

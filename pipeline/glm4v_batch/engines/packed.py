@@ -33,7 +33,6 @@ from glm4v_batch.sampling import row_seed
 from glm4v_batch.segments import Segments
 from glm4v_batch.types import BatchShape, BatchStart, Completion, Failure, PeakSample, Request
 
-_VISION, _STEP = "vision", "step"
 _ROW_STEP = 8
 _PIECE_STEP = 64
 _REPORT_SECONDS = 1.0
@@ -74,10 +73,10 @@ class PackedEngine:
         self._encoded: deque[Work] = deque()
         self._failed: list[Failure] = []
         self._answers = _Answers()
-        self._compile_seconds = compile_seconds
         self._first_pool_tokens = limits.pool_tokens
         self._first_limit_bytes = meter.limit_bytes()
         self._fill(limits)
+        self._tally.phase_seconds["compile"] = compile_seconds
 
     @torch.inference_mode()
     def _fill(self, limits: PackedLimits) -> None:
@@ -95,7 +94,7 @@ class PackedEngine:
             model, pool, limits.max_rows, self._generation, self._vocabulary.eos_token_ids
         )
         self._memory = MemoryModel(self._meter.held_bytes(), self._coefficients)
-        self._tally = Tally(compile_seconds=self._compile_seconds)
+        self._tally = Tally()
         self._stopwatch = Stopwatch(model.device)
 
     def drain(self) -> None:
@@ -204,7 +203,7 @@ class PackedEngine:
     def _encode_call(self, call: Sequence[WorkImage]) -> Sequence[Tensor] | None:
         patches, grids = [image.patches for image in call], [image.grid for image in call]
         shape = BatchShape(0, 0, sum(map(len, patches)), 0, 0)
-        with self._stopwatch.time(_VISION):
+        with self._stopwatch.time({"vision": 1.0}):
             found, sample = self._measured(lambda: self._model.encode(patches, grids), shape)
         self._tally.add_call(sample, self._meter.reserved_bytes())
         merged = self._model.merge_size**2
@@ -238,7 +237,9 @@ class PackedEngine:
         num_prompt = sum(num_tokens for _, num_tokens in pieces)
         shape = BatchShape(num_rows, num_prompt + num_rows, 0, 0, 0)
         in_hand = [work.piece(num_tokens) for work, num_tokens in pieces]
-        with self._stopwatch.time(_STEP):
+        # Both go through the layers together: by tokens is as near as one can tell them apart.
+        prefill = num_prompt / (num_prompt + num_rows)
+        with self._stopwatch.time({"prefill": prefill, "decode": 1 - prefill}):
             tokens, sample = self._measured(lambda: self._enter_and_step(in_hand, num_rows), shape)
         self._tally.add_step(sample, self._meter.reserved_bytes(), num_prompt if tokens is not None else 0)
         if tokens is None:
@@ -412,8 +413,8 @@ class PackedEngine:
     def _reported(self) -> EngineEvent:
         """The line of what ran since the last one; by it the pool yields where others took the memory."""
         budget = tuple(int(limit * self._memory_fraction) for limit in self._meter.limit_bytes())
-        for name, seconds in self._stopwatch.ended():
-            self._tally.add_seconds(is_vision=name == _VISION, seconds=seconds)
+        for phase, seconds in self._stopwatch.ended():
+            self._tally.phase_seconds[phase] += seconds
         run = self._tally.as_run(self._memory, budget)
         for sample in (self._tally.largest_call, self._tally.largest_step):
             if sample is not None:

@@ -1,19 +1,22 @@
 """What the steps of the packed engine took, summed up for one line of `batches.jsonl` at a time."""
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from glm4v_batch.memory import MemoryModel
-from glm4v_batch.types import BatchRun, BatchShape, PeakSample
+from glm4v_batch.types import BatchRun, BatchShape, PeakSample, Phase
+
+AT_WORK: tuple[Phase, ...] = ("vision", "prefill", "decode")
+"""The phases in which the device computes."""
 
 
 @dataclass(slots=True)
 class Tally:
     """What has run since the last line.
 
-    *largest_call* and *largest_step* are what each kind of work measured where it took most; the
-    seconds of either are those that the device was at it.
+    *largest_call* and *largest_step* are what each kind of work measured where it took most.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -26,9 +29,7 @@ class Tally:
     largest_call: PeakSample | None = None
     largest_step: PeakSample | None = None
     is_out_of_memory: bool = False
-    vision_seconds: float = 0.0
-    step_seconds: float = 0.0
-    compile_seconds: float = 0.0
+    phase_seconds: defaultdict[Phase, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def seconds(self) -> float:
@@ -49,12 +50,10 @@ class Tally:
         self.largest_step = _larger(self.largest_step, sample)
         self._add(sample, reserved_bytes)
 
-    def add_seconds(self, seconds: float, *, is_vision: bool) -> None:
-        """Count what the device was at work."""
-        if is_vision:
-            self.vision_seconds += seconds
-        else:
-            self.step_seconds += seconds
+    def _phases(self) -> dict[Phase, float]:
+        """Where the seconds went; what nothing was launched for counts as idle."""
+        at_work = sum(self.phase_seconds[phase] for phase in AT_WORK)
+        return {**self.phase_seconds, "idle": max(0.0, self.seconds - at_work)}
 
     def _add(self, sample: PeakSample, reserved_bytes: tuple[int, ...]) -> None:
         self.reserved_bytes = tuple(map(max, reserved_bytes, self.reserved_bytes or reserved_bytes))
@@ -84,9 +83,7 @@ class Tally:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             reserved_bytes=self.reserved_bytes,
-            vision_seconds=self.vision_seconds,
-            step_seconds=self.step_seconds,
-            compile_seconds=self.compile_seconds,
+            phase_seconds=self._phases(),
         )
 
 

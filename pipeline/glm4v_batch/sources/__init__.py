@@ -137,6 +137,19 @@ def check_prompt(schema: "pa.Schema", columns: Sequence[str]) -> None:
             )
 
 
+def check_whole_numbers(schema: "pa.Schema", columns: Sequence[str]) -> None:
+    """Raise JobError where one of *columns*, which rows take a setting from, holds no whole numbers."""
+    from pyarrow import types
+
+    for name in columns:
+        kind = schema.field(name).type
+        if not (types.is_integer(kind) or types.is_null(kind)):
+            raise JobError(
+                f"generation.max_new_tokens_column names {name}, a column of {kind}.",
+                hint="Use a column of whole numbers.",
+            )
+
+
 def _can_be_written(kind: "pa.DataType") -> bool:
     from pyarrow import types
 
