@@ -4,14 +4,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from glm4v_batch.activations import can_predict
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.devices import find_devices
-from glm4v_batch.errors import JobError
+from glm4v_batch.engine_choice import reason_for_generate
+from glm4v_batch.errors import PlacementError, first_line
 from glm4v_batch.job import Job
 from glm4v_batch.needs import ModelNeeds, read_needs
 from glm4v_batch.packed_limits import CPU_ROWS, GPU_ROWS, PackedDemand, packed_limits, tokens_of
@@ -40,7 +40,8 @@ class Forecast:
     *contexts* name each replica's model and kind of devices; *runs* are the batches that earlier runs
     measured in each context, the oldest first. *batch_size* is how many typical requests a replica is
     expected to take at once, *time* how long what is left will take: None where nothing is known of it.
-    *image_patches* is the most that one image may have, *is_packed* whether the packed engine runs.
+    *image_patches* is the most that one image may have, *reason_for_generate* why the packed engine does
+    not run, None where it does.
     """
 
     devices: tuple[Device, ...]
@@ -49,12 +50,17 @@ class Forecast:
     typical: RequestSize
     worst: RequestSize
     placement: Placement
-    contexts: tuple[str, ...]
-    runs: Mapping[str, Sequence[BatchRun]]
     image_patches: int
-    is_packed: bool = False
+    reason_for_generate: str | None
+    contexts: tuple[str, ...] = ()
+    runs: Mapping[str, Sequence[BatchRun]] = field(default_factory=dict)
     batch_size: int = 1
     time: TimeEstimate | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the packed engine runs."""
+        return self.reason_for_generate is None
 
     def samples(self, replica: int) -> list[PeakSample]:
         """What the memory model of *replica* can learn from earlier runs."""
@@ -82,29 +88,31 @@ def make_forecast(
     (host,) = find_devices("cpu")
     image_patches = worst_case(preprocess).visual_patches
     placement = place(devices, needs, job.devices, worst, typical, host, image_patches)
-    is_packed = job.batching.engine == "packed"
-    if is_packed:
-        _refuse_unpackable(needs, placement)
-    contexts = tuple(context_of(needs, replica, is_packed=is_packed) for replica in placement.replicas)
-    runs = _runs(Path(job.output.path), contexts)
     forecast = Forecast(
-        devices, needs, sampled, typical, worst, placement, contexts, runs, image_patches, is_packed
+        devices=devices,
+        needs=needs,
+        survey=sampled,
+        typical=typical,
+        worst=worst,
+        placement=placement,
+        image_patches=image_patches,
+        reason_for_generate=reason_for_generate(job, needs, placement),
     )
-    sized = replace(forecast, batch_size=_batch_size(job, forecast, num_left))
+    try:
+        return _with_runs(job, forecast, num_left)
+    except PlacementError as error:
+        if job.batching.engine == "packed":
+            raise
+        return _with_runs(job, replace(forecast, reason_for_generate=first_line(error)), num_left)
+
+
+def _with_runs(job: Job, forecast: Forecast, num_left: int | None) -> Forecast:
+    """*forecast* with what earlier runs measured, the batch size and the time."""
+    replicas, is_packed = forecast.placement.replicas, forecast.is_packed
+    contexts = tuple(context_of(forecast.needs, replica, is_packed=is_packed) for replica in replicas)
+    known = replace(forecast, contexts=contexts, runs=_runs(Path(job.output.path), contexts))
+    sized = replace(known, batch_size=_batch_size(job, known, num_left))
     return replace(sized, time=_time(job, sized, num_left))
-
-
-def _refuse_unpackable(needs: ModelNeeds, placement: Placement) -> None:
-    hint = "Set batching.engine: generate."
-    if not can_predict(needs.config):
-        raise JobError(
-            f"batching.engine: packed does not know models of the type {needs.config.get('model_type')}.",
-            hint=hint,
-        )
-    if any(replica.offloaded_bytes for replica in placement.replicas):
-        raise JobError(
-            "batching.engine: packed keeps the model on its devices, and devices.offload is set.", hint=hint
-        )
 
 
 def packed_demand(job: Job, forecast: Forecast, replica: Replica) -> PackedDemand:

@@ -86,10 +86,16 @@ def _forecast_lines(plan: "Plan") -> Iterator[str]:
     for replica in forecast.placement.replicas:
         lines = _room(replica, forecast.needs, job.devices.memory_fraction)
         yield from (f"             {line}" for line in lines)
+    yield f"engine       {_engine(forecast)}"
     yield f"requests     {_requests(forecast)}"
     yield f"batch        about {format_count(forecast.batch_size, 'typical request')} at once"
     time = "unknown" if forecast.time is None else time_as_text(forecast.time)
     yield f"time         {time}"
+
+
+def _engine(forecast: "Forecast") -> str:
+    reason = forecast.reason_for_generate
+    return "packed" if reason is None else f"generate: {reason}"
 
 
 def _device(device: "Device") -> str:
