@@ -1,12 +1,17 @@
 """Signals that ask a run to end. While it is only being prepared they end it at once, as Ctrl-C does."""
 
+import os
 import signal
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask a run to end."""
+
+_AGAIN_SECONDS = 0.01
 
 
 class SignalledError(BaseException):
@@ -36,9 +41,33 @@ def ended_by_signals() -> Iterator[None]:
         let_the_next_one_end_it()
         raise SignalledError(number)
 
+    def again(dropped: SignalledError) -> None:
+        signal.signal(dropped.signal_number, end)
+        # Not here, where an exception would be dropped again.
+        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), dropped.signal_number)).start()
+
     previous = {number: signal.signal(number, end) for number in heeded()}
     try:
-        yield
+        with _told_what_python_drops(again):
+            yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _told_what_python_drops(tell: Callable[[SignalledError], None]) -> Iterator[None]:
+    """Hand a SignalledError to *tell* that Python would print and drop: a callback may raise nothing."""
+    otherwise = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if isinstance(unraisable.exc_value, SignalledError):
+            tell(unraisable.exc_value)
+        else:
+            otherwise(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = otherwise

@@ -247,7 +247,8 @@ class Folder(RuleBasedStateMachine):
         image = self.base / "image"
         shutil.copytree(self.out, image)
         events.close()
-        shutil.rmtree(self.out)
+        # A run that has begun no work takes the folder that it made away again.
+        shutil.rmtree(self.out, ignore_errors=True)
         image.rename(self.out)
         self.learn()
 

@@ -1,10 +1,11 @@
 """The packed engine writes what `generate()` writes, whatever runs beside it and whatever runs out."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from glm4v_batch.activations import packed_coefficients
-from glm4v_batch.engines import packed_rows
+from glm4v_batch.engines import packed_model, packed_rows
 from glm4v_batch.engines.generate import GenerateEngine, Vocabulary
 from glm4v_batch.engines.packed import PackedEngine
-from glm4v_batch.engines.packed_graphs import Step, StepGraphs
+from glm4v_batch.engines.packed_graphs import Graphs
 from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, prior_coefficients
@@ -273,34 +274,34 @@ def ends(events: Any) -> dict[int, tuple[str, str]]:
     return {event.row: (event.text, event.finish_reason) for event in completions}
 
 
-class ReplayedOnTheHost(StepGraphs):
+class ReplayedOnTheHost(Graphs[Any]):
     """Graphs whose replay computes again what is in the buffers: a CPU records nothing."""
 
-    num_captured = 0
-    num_replayed = 0
+    num_replayed: ClassVar[Counter[str]] = Counter()
 
-    def _capture(self, step: Step) -> tuple[Any, Tensor]:
-        type(self).num_captured += 1
-        tokens = torch.full((len(step.last),), 7)
+    def _capture(self, given: Any) -> tuple[Any, Tensor]:
+        found = self._run(given).clone()
 
         class Graph:
             def replay(_) -> None:  # noqa: N805
-                ReplayedOnTheHost.num_replayed += 1
-                tokens.copy_(self._run(step))
+                ReplayedOnTheHost.num_replayed[type(given).__name__] += 1
+                found.copy_(self._run(given))
 
-        return Graph(), tokens
+        return Graph(), found
 
 
 @pytest.mark.parametrize("limits", [LIMITS, FEW, replace(LIMITS, max_rows=5, piece_tokens=192)])
-def test_steps_filled_up_to_sizes_that_were_recorded_write_the_same(
+def test_work_filled_up_to_sizes_that_were_recorded_writes_the_same(
     limits: PackedLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = sample("caption")[1][:40]
     monkeypatch.setattr(PackedModel, "has_graphs", True)
-    monkeypatch.setattr(packed_rows, "StepGraphs", ReplayedOnTheHost)
-    ReplayedOnTheHost.num_replayed = 0
+    monkeypatch.setattr(PackedModel, "has_vision_graphs", True)
+    for module in (packed_rows, packed_model):
+        monkeypatch.setattr(module, "Graphs", ReplayedOnTheHost)
+    ReplayedOnTheHost.num_replayed.clear()
 
     found = texts(packed_engine("caption", limits=limits).run(iter(requests)))
 
     assert found == texts(answers("caption", requests))
-    assert ReplayedOnTheHost.num_replayed > 10
+    assert min(ReplayedOnTheHost.num_replayed[name] for name in ("Step", "VisionCall")) > 5

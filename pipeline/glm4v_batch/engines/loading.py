@@ -108,6 +108,8 @@ def _packed_engine(
         warmed = warm_up(packed, rows_in, demand, meter)
         meter.free()
     limits = packed_limits(warmed.demand, _room_bytes(meter, job.devices.memory_fraction))
+    packed.record_vision(limits.patches)
+    meter.free()
     return PackedEngine(
         packed,
         vocabulary,

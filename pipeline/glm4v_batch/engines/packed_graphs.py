@@ -1,94 +1,67 @@
-"""Steps of the packed engine as CUDA graphs: what the host would launch kernel by kernel starts at once."""
-
-# R rows, T tokens of a step, N of them of prompts, S pieces, D hidden size
+"""Work of the packed engine as CUDA graphs: what the host would launch kernel by kernel starts at once."""
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from glm4v_batch.engines.generate import ran_out_of_memory
-from glm4v_batch.engines.packed_attention import Packing, Sequences
 
-# What a size needs that is made at its first run, as kernels are, cannot be made while CUDA records.
-_RUNS_BEFORE = 1
+RUNS_TO_RECORD = 2
+"""A size is recorded at its second run: what the first one makes, as kernels, CUDA does not record."""
+
 # Each holds some megabytes of the device's memory.
 _MOST_GRAPHS = 48
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a step computes with, on the device of the first layer.
-
-    embeds     [T, D]
-    positions  int64 [3, T]
-    last       int64 [R], which token speaks for each row
-    """
-
-    embeds: Tensor
-    positions: Tensor
-    packing: Packing
-    last: Tensor
+class Recordable(Protocol):
+    """What a graph computes with."""
 
     @property
-    def size(self) -> "StepSize":
-        """What all steps have in common that one graph serves."""
-        return (self.packing.num_prompt, len(self.packing.pieces.key_counts), len(self.last))
+    def size(self) -> Hashable:
+        """What everything has in common that one graph serves."""
+        ...
 
     def tensors(self) -> list[Tensor]:
-        """All of it, in an order of its own."""
-        packing = self.packing
-        sequences = [
-            tensor
-            for part in (packing.pieces, packing.rows)
-            for tensor in (part.ends, part.key_starts, part.key_counts)
-        ]
-        return [self.embeds, self.positions, packing.writes, self.last, *sequences]
+        """All of its tensors, in an order of its own."""
+        ...
 
-    def with_tensors(self, tensors: list[Tensor]) -> "Step":
-        """The same step, of other tensors in that order."""
-        embeds, positions, writes, last, *sequences = tensors
-        longest = (self.packing.pieces.longest, self.packing.rows.longest)
-        pieces, rows = (
-            Sequences(ends, starts, counts, most)
-            for (ends, starts, counts), most in zip((sequences[:3], sequences[3:]), longest, strict=True)
-        )
-        return Step(embeds, positions, Packing(writes, self.packing.num_prompt, pieces, rows), last)
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """The same, of other tensors in that order."""
+        ...
 
 
-StepSize = tuple[int, int, int]
+_Given = TypeVar("_Given", bound=Recordable)
 
 
-class StepGraphs:
-    """Runs steps through *run*, which gives int64 [R]; sizes that come often as graphs.
+class Graphs(Generic[_Given]):
+    """Gives what *run* gives, a tensor on the device; sizes that come again as graphs.
 
     All graphs read one set of buffers and work in one pool of memory: they run one after another.
     """
 
-    def __init__(self, run: Callable[[Step], Tensor]) -> None:
+    def __init__(self, run: Callable[[_Given], Tensor]) -> None:
         self._run = run
-        self._runs: dict[StepSize, int] = {}
-        self._graphs: OrderedDict[StepSize, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
+        self._runs: dict[Hashable, int] = {}
+        self._graphs: OrderedDict[Hashable, tuple[Any, Tensor]] = OrderedDict()
         self._buffers: list[Tensor] = []
         self._pool: Any = None
         self._stream: Any = None
         self._may_capture = True
 
-    def run(self, step: Step) -> Tensor:
-        """What *run* gives for *step*. It is overwritten by the next call. Raises torch.OutOfMemoryError."""
-        step = self._in_buffers(step)
-        size = step.size
-        if size not in self._graphs and not self._captured(step):
-            return self._run(step)
-        self._graphs.move_to_end(size)
-        graph, tokens = self._graphs[size]
+    def run(self, given: _Given) -> Tensor:
+        """What *run* gives for *given*, until the next call overwrites it. Raises torch.OutOfMemoryError."""
+        given = self._in_buffers(given)
+        if given.size not in self._graphs and not self._captured(given):
+            return self._run(given)
+        self._graphs.move_to_end(given.size)
+        graph, found = self._graphs[given.size]
         graph.replay()
-        return tokens
+        return found
 
     def forget(self) -> None:
         """Drop all graphs: what they were made of has changed."""
@@ -97,25 +70,25 @@ class StepGraphs:
         self._graphs.clear()
         self._runs.clear()
 
-    def _captured(self, step: Step) -> bool:
-        """Whether there is a graph for *step* now."""
-        runs = self._runs.get(step.size, 0)
-        self._runs[step.size] = runs + 1
-        if runs < _RUNS_BEFORE or not self._may_capture:
+    def _captured(self, given: _Given) -> bool:
+        """Whether there is a graph for *given* now."""
+        runs = self._runs.get(given.size, 0)
+        self._runs[given.size] = runs + 1
+        if runs + 1 < RUNS_TO_RECORD or not self._may_capture:
             return False
         if len(self._graphs) == _MOST_GRAPHS:
             self._graphs.popitem(last=False)
         try:
-            self._graphs[step.size] = self._capture(step)
+            self._graphs[given.size] = self._capture(given)
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
             # Without graphs the same memory serves steps and images.
             self._may_capture = False
             self.forget()
-        return step.size in self._graphs
+        return given.size in self._graphs
 
-    def _capture(self, step: Step) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, given: _Given) -> tuple[Any, Tensor]:
         if not self._graphs:
             # A pool of memory ends with the last graph that works in it.
             self._pool = torch.cuda.graph_pool_handle()
@@ -123,17 +96,19 @@ class StepGraphs:
         # One stream for all: each has a workspace of its own for products of matrices.
         self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with _recording(graph, self._pool, self._stream):
-            tokens = self._run(step)
-        return graph, tokens
+            found = self._run(given)
+        return graph, found
 
-    def _in_buffers(self, step: Step) -> Step:
-        """*step* where graphs look for it."""
-        given = step.tensors()
-        if not self._buffers or any(t.numel() > b.numel() for t, b in zip(given, self._buffers, strict=True)):
+    def _in_buffers(self, given: _Given) -> _Given:
+        """*given* where graphs look for it."""
+        tensors = given.tensors()
+        if not self._buffers or any(
+            t.numel() > b.numel() for t, b in zip(tensors, self._buffers, strict=True)
+        ):
             self.forget()
-            self._buffers = [self._buffer_for(place, tensor) for place, tensor in enumerate(given)]
-        views = [b[: t.numel()].view(t.shape).copy_(t) for t, b in zip(given, self._buffers, strict=True)]
-        return step.with_tensors(views)
+            self._buffers = [self._buffer_for(place, tensor) for place, tensor in enumerate(tensors)]
+        pairs = zip(tensors, self._buffers, strict=True)
+        return given.with_tensors([b[: t.numel()].view(t.shape).copy_(t) for t, b in pairs])
 
     def _buffer_for(self, place: int, tensor: Tensor) -> Tensor:
         held = self._buffers[place].numel() if self._buffers else 0
@@ -141,10 +116,16 @@ class StepGraphs:
         return tensor.new_zeros(max(held, 2 * tensor.numel()))
 
 
+def _holds(buffer: Tensor | None, tensor: Tensor) -> bool:
+    return buffer is not None and buffer.numel() >= tensor.numel()
+
+
 @contextmanager
 def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
-    """As `torch.cuda.graph`, which also collects garbage and empties the cache: half a second each time."""
+    """As `torch.cuda.graph`, which also collects garbage each time: half a second."""
     torch.cuda.synchronize()
+    # While CUDA records, nothing of the cache can be given up for what is needed.
+    torch.cuda.empty_cache()
     was_collecting = gc.isenabled()
     # What is collected now might free memory of the device, which CUDA does not record.
     gc.disable()

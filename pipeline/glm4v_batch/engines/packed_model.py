@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.vision_utils import get_vision_position_ids
 
 from glm4v_batch.engines.generate import normalise
 from glm4v_batch.engines.packed_attention import (
@@ -20,6 +19,8 @@ from glm4v_batch.engines.packed_attention import (
     has_kernel,
     register,
 )
+from glm4v_batch.engines.packed_graphs import RUNS_TO_RECORD, Graphs
+from glm4v_batch.engines.packed_vision import VisionCall, grids_to_record, is_recorded, vision_call
 from glm4v_batch.kv_pool import KVPool, make_pool
 from glm4v_batch.types import GridTHW
 
@@ -65,6 +66,8 @@ class PackedModel:
         _see_through_whole(self._visual.patch_embed)
         self._temporal_patch_size = temporal_patch_size
         self._table = table.to(self.vision_device)
+        self._features: Tensor | None = None
+        self._vision_graphs = Graphs(self._kept_features_of) if self.has_vision_graphs else None
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +105,13 @@ class PackedModel:
         return is_whole and is_plain and has_kernel(self.device, self.dtype, head_dim)
 
     @property
+    def has_vision_graphs(self) -> bool:
+        """Whether the vision tower runs without the host's help."""
+        config = self._visual.config
+        head_dim = config.hidden_size // config.num_heads
+        return self.has_graphs and has_kernel(self.vision_device, self._visual.dtype, head_dim)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of activations, keys and values."""
         dtype: torch.dtype = self._text.embed_tokens.weight.dtype
@@ -125,23 +135,44 @@ class PackedModel:
 
     def encode(self, images: Sequence[Tensor], grids: Sequence[GridTHW]) -> Tensor:
         """The features [V, D] of *images*, one after another: of each its uint8 patches [P, C × patch²]."""
+        num_patches = sum(map(len, images))
+        graphs = self._vision_graphs if is_recorded(num_patches, len(images)) else None
         device = self.vision_device
-        sizes = torch.tensor([height * width for _, height, width in grids])
-        ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
-        grid_thw = torch.tensor(grids)
-        places = get_vision_position_ids(grid_thw, self.merge_size)
-        patches = torch.cat([image.to(device, non_blocking=True) for image in images])
-        pixels = normalise(patches, self._table, self._temporal_patch_size)
+        call = vision_call(images, grids, self.merge_size, device, fills_up=graphs is not None)
+        if graphs is None:
+            return self._features_of(call).to(self.device)
+        return graphs.run(call)[: num_patches // self.merge_size**2].clone()
+
+    def _features_of(self, call: VisionCall) -> Tensor:
+        pixels = normalise(call.patches, self._table, self._temporal_patch_size)
         output = self._visual(
             pixels.to(self._visual.dtype),
-            grid_thw=_sent(grid_thw, device),
+            grid_thw=call.grids,
             # Given these, transformers has no reason to wait for the device.
-            position_ids=_sent(places, device),
-            cu_seqlens=_sent(ends, device),
-            max_seqlen=int(sizes.max()),
+            position_ids=call.positions,
+            cu_seqlens=call.ends,
+            max_seqlen=call.longest,
         )
         features: Tensor = output.pooler_output
-        return features.to(self.device)
+        return features
+
+    def _kept_features_of(self, call: VisionCall) -> Tensor:
+        """As `_features_of`, in one place for all graphs: what each gives it would hold for ever."""
+        features = self._features_of(call)
+        if self._features is None or len(self._features) < len(features):
+            self._features = torch.empty_like(features)
+        return self._features[: len(features)].copy_(features)
+
+    @torch.inference_mode()
+    def record_vision(self, most_patches: int) -> None:
+        """Have all calls of up to *most_patches* ready as graphs. Raises torch.OutOfMemoryError."""
+        if self._vision_graphs is None:
+            return
+        self._vision_graphs.forget()
+        for grid in grids_to_record(most_patches):
+            image = torch.zeros(grid[1] * grid[2], self.patch_values, dtype=torch.uint8)
+            for _ in range(RUNS_TO_RECORD):
+                self.encode([image], [grid])
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeddings [T, D] of int64 *input_ids* [T]."""
@@ -204,13 +235,6 @@ def _see_through_whole(patch_embed: Any) -> None:
 
 def _device_of(module: torch.nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """*tensor* on *device*; from pinned memory, so that nobody waits for the copy."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
 
 
 def _take_hooks_off(*modules: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glm4v_batch.engines.packed_attention import Packing, Sequences
-from glm4v_batch.engines.packed_graphs import Step, StepGraphs
+from glm4v_batch.engines.packed_graphs import Graphs
 from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.kv_pool import KVPool
@@ -60,6 +60,46 @@ class Entry:
     position_offset: int
     max_new_tokens: int
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step computes with, on the device of the first layer.
+
+    embeds     [T, D]
+    positions  int64 [3, T]
+    last       int64 [R], which token speaks for each row
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    packing: Packing
+    last: Tensor
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """What all steps have in common that one graph serves."""
+        return (self.packing.num_prompt, len(self.packing.pieces.key_counts), len(self.last))
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, in an order of its own."""
+        packing = self.packing
+        sequences = [
+            tensor
+            for part in (packing.pieces, packing.rows)
+            for tensor in (part.ends, part.key_starts, part.key_counts)
+        ]
+        return [self.embeds, self.positions, packing.writes, self.last, *sequences]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Step":
+        """The same step, of other tensors in that order."""
+        embeds, positions, writes, last, *sequences = tensors
+        longest = (self.packing.pieces.longest, self.packing.rows.longest)
+        pieces, rows = (
+            Sequences(ends, starts, counts, most)
+            for (ends, starts, counts), most in zip((sequences[:3], sequences[3:]), longest, strict=True)
+        )
+        return Step(embeds, positions, Packing(writes, self.packing.num_prompt, pieces, rows), last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +169,7 @@ class DecodeRows:
         if generation.repetition_penalty != 1:
             vocabulary = model.text_config.vocab_size
             self._seen = torch.zeros(max_rows, vocabulary, dtype=torch.bool, device=device)
-        self._graphs = StepGraphs(self._tokens_of) if model.has_graphs else None
+        self._graphs = Graphs(self._tokens_of) if model.has_graphs else None
 
     def enter(self, entries: Sequence[Entry]) -> None:
         """Set rows up for new requests. They decode once a piece has ended their prompt."""

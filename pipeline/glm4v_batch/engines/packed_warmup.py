@@ -18,8 +18,6 @@ from glm4v_batch.types import BatchShape
 MakeRows = Callable[[KVPool, int], DecodeRows]
 """Makes rows, so many, that decode in a pool."""
 
-_VISION_PHASE, _STEP_PHASE = 0, 1
-
 
 @dataclass(frozen=True, slots=True)
 class WarmedUp:
@@ -36,18 +34,29 @@ def warm_up(model: PackedModel, make_rows: MakeRows, demand: PackedDemand, meter
     What does not fit is left as the formulas of *demand* have it.
     """
     work = _Work(model, make_rows, demand.max_rows)
-    compile_seconds = sum(map(_first_beyond_second, (work.encode, work.step, work.decode)))
-    shapes = (
-        BatchShape(0, 0, work.num_patches, 0, 0),
-        BatchShape(demand.max_rows, MOST_PIECE_TOKENS + demand.max_rows, 0, 0, 0),
-    )
-    needs = demand.needs
-    for phase, (shape, do) in enumerate(zip(shapes, (work.encode, work.step), strict=True)):
-        if taken := _taken(do, meter):
-            needs = tuple(
-                _scaled(need, phase, shape, num_bytes) for need, num_bytes in zip(needs, taken, strict=True)
-            )
+    encoding, stepping, decoding = (_Twice(do, meter) for do in (work.encode, work.step, work.decode))
+    vision = BatchShape(0, 0, work.num_patches, 0, 0)
+    step = BatchShape(demand.max_rows, MOST_PIECE_TOKENS + demand.max_rows, 0, 0, 0)
+    needs = _scaled(demand.needs, 0, vision, encoding.taken_bytes)
+    needs = _scaled(needs, 1, step, stepping.taken_bytes)
+    compile_seconds = encoding.compile_seconds + stepping.compile_seconds + decoding.compile_seconds
     return WarmedUp(replace(demand, needs=needs), compile_seconds)
+
+
+class _Twice:
+    """What the first time of *do* takes longer than the second, and what the second takes on each device.
+
+    The second is also when CUDA records it. *taken_bytes* is None where it does not fit.
+    """
+
+    def __init__(self, do: Callable[[], None], meter: Meter) -> None:
+        first, _ = _timed(do)
+        held = meter.held_bytes()
+        with meter.watch():
+            second, is_done = _timed(do)
+        peaks = zip(meter.peak_bytes(), held, strict=True)
+        self.taken_bytes = tuple(peak - before for peak, before in peaks) if is_done else None
+        self.compile_seconds = max(0.0, first - second)
 
 
 class _Work:
@@ -76,43 +85,30 @@ class _Work:
         self._rows.step([], self._max_rows)
 
 
-def _first_beyond_second(do: Callable[[], None]) -> float:
-    first, second = _seconds(do), _seconds(do)
-    return max(0.0, first - second)
-
-
-def _seconds(do: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    _done(do)
-    return time.perf_counter() - started
-
-
-def _done(do: Callable[[], None]) -> bool:
+def _timed(do: Callable[[], None]) -> tuple[float, bool]:
+    """The seconds of *do*, and whether memory was enough."""
+    started, is_done = time.perf_counter(), True
     try:
         do()
         torch.cuda.synchronize()
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
-        return False
-    return True
+        is_done = False
+    return time.perf_counter() - started, is_done
 
 
-def _taken(do: Callable[[], None], meter: Meter) -> tuple[int, ...] | None:
-    """What *do* takes on each device beyond what is held; None where it does not fit."""
-    held = meter.held_bytes()
-    with meter.watch():
-        is_done = _done(do)
-    if not is_done:
-        meter.free()
-        return None
-    return tuple(peak - before for peak, before in zip(meter.peak_bytes(), held, strict=True))
+def _scaled(
+    needs: tuple[PackedNeeds, ...], phase: int, shape: BatchShape, taken_bytes: tuple[int, ...] | None
+) -> tuple[PackedNeeds, ...]:
+    """*needs* of each device, whose *phase* takes *taken_bytes* for *shape*."""
+    if taken_bytes is None:
+        return needs
+    return tuple(_scaled_one(*pair, phase, shape) for pair in zip(needs, taken_bytes, strict=True))
 
 
-def _scaled(needs: PackedNeeds, phase: int, shape: BatchShape, taken_bytes: int) -> PackedNeeds:
-    """*needs* whose *phase* takes *taken_bytes* for *shape*."""
-    coefficients = needs.coefficients.copy()
-    predicted = bytes_of(shape, needs, phase)
+def _scaled_one(needs: PackedNeeds, taken_bytes: int, phase: int, shape: BatchShape) -> PackedNeeds:
+    coefficients, predicted = needs.coefficients.copy(), bytes_of(shape, needs, phase)
     if predicted:
         coefficients[phase] *= taken_bytes / predicted
     return replace(needs, coefficients=coefficients)

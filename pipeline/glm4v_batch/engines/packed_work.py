@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from glm4v_batch.engines.packed_rows import Piece
+from glm4v_batch.engines.packed_vision import MOST_IMAGES
 from glm4v_batch.types import GridTHW, Request
 
 
@@ -97,7 +98,7 @@ def calls(images: Sequence[WorkImage], most_patches: int) -> Iterator[list[WorkI
     num_patches = 0
     for image in images:
         num_patches += len(image.patches)
-        if call and num_patches > most_patches:
+        if call and (num_patches > most_patches or len(call) == MOST_IMAGES):
             yield call
             call, num_patches = [], len(image.patches)
         call.append(image)

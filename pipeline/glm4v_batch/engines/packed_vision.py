@@ -1,0 +1,102 @@
+"""A call of the vision tower: images side by side, filled up to one of few sizes where graphs serve them."""
+
+# P patches, S images
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.vision_utils import get_vision_position_ids
+
+from glm4v_batch.types import GridTHW
+
+MOST_IMAGES = 31
+"""Of one call."""
+
+_PATCH_STEP = 1024
+_MOST_RECORDED = 16_384
+# What is filled up is one more image.
+_SLOTS = MOST_IMAGES + 1
+_NO_IMAGE = (1, 2, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class VisionCall:
+    """What the vision tower computes with.
+
+    patches    uint8 [P, channels × patch²]
+    positions  int64 [P, 2], row and column of each patch
+    ends       int32 [S + 1], where each image begins, and the end
+    grids      int64 [S, 3]
+    longest    no image has more patches
+    """
+
+    patches: Tensor
+    positions: Tensor
+    ends: Tensor
+    grids: Tensor
+    longest: int
+
+    @property
+    def size(self) -> int:
+        """What all calls have in common that one graph serves."""
+        return len(self.patches)
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, in an order of its own."""
+        return [self.patches, self.positions, self.ends, self.grids]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "VisionCall":
+        """The same call, of other tensors in that order."""
+        patches, positions, ends, grids = tensors
+        return VisionCall(patches, positions, ends, grids, self.longest)
+
+
+def grids_to_record(most_patches: int) -> Iterator[GridTHW]:
+    """An image of each size that calls are filled up to, the largest first, up to *most_patches*."""
+    side = math.isqrt(_PATCH_STEP)
+    for size in range(min(_MOST_RECORDED, most_patches) // _PATCH_STEP * _PATCH_STEP, 0, -_PATCH_STEP):
+        yield 1, side, size // side
+
+
+def is_recorded(num_patches: int, num_images: int) -> bool:
+    """Whether a call of so much is filled up to one of them."""
+    return num_patches <= _MOST_RECORDED and num_images <= MOST_IMAGES
+
+
+def vision_call(
+    images: Sequence[Tensor],
+    grids: Sequence[GridTHW],
+    merge_size: int,
+    device: torch.device,
+    *,
+    fills_up: bool,
+) -> VisionCall:
+    """The call for *images*, of each its uint8 patches [P, channels × patch²], on *device*.
+
+    With *fills_up* it has as many patches and images as the graph for its size, those that are missing blank.
+    """
+    sizes = [len(image) for image in images]
+    missing = -sum(sizes) % _PATCH_STEP if fills_up else 0
+    patches = [image.to(device, non_blocking=True) for image in images]
+    blank = torch.zeros(missing, patches[0].shape[1], dtype=torch.uint8, device=device)
+    places = get_vision_position_ids(torch.tensor(grids), merge_size)
+    num_blank = _SLOTS - len(images) if fills_up else 0
+    ends = torch.tensor([0, *sizes, missing, *[0] * (num_blank - 1)][: len(images) + num_blank + 1]).cumsum(0)
+    total = sum(sizes) + missing
+    return VisionCall(
+        patches=torch.cat([*patches, blank]),
+        positions=sent(torch.nn.functional.pad(places, (0, 0, 0, missing)), device),
+        ends=sent(ends.int(), device),
+        grids=sent(torch.tensor([*grids, *[_NO_IMAGE] * num_blank]), device),
+        longest=total if fills_up else max(sizes),
+    )
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """*tensor* on *device*; from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
