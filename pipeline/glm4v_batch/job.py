@@ -285,7 +285,7 @@ class BatchingSettings(_Section):
     engine: Literal["auto", "packed", "generate", "echo"] = Field(
         default="auto",
         description="packed: no padding, continuous batching; generate: transformers' own loop; echo: a hash "
-        "of pixels and prompt, without a model, for trying out. auto is packed wherever that serves.",
+        "of pixels and prompt, without a model, for trying out. auto is generate, and plan says why.",
     )
     max_batch_size: int | None = Field(default=None, ge=1, description="Null: as many as the memory holds.")
     echo_seconds: float = Field(default=0.0, ge=0, description="How long the echo engine takes for a batch.")
