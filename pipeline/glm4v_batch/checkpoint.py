@@ -109,7 +109,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def locate(name: str, revision: str | None) -> Path:
     """The folder of *name*: itself if it exists, else the Hub's snapshot, downloaded where missing."""
     folder = Path(name).expanduser()
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # too long, for one
+        raise JobError(
+            f"model.name cannot be looked up: {error.strerror}.", hint="Give a local folder or a Hub id."
+        ) from None
+    if not is_folder:
         return _snapshot(name, revision)
     if revision is not None:
         raise JobError(

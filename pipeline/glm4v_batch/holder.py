@@ -49,11 +49,24 @@ def _named(written: str, pids: list[int]) -> str:
 
 def _holding(descriptor: int) -> list[int] | None:
     """The processes that the kernel says hold the lock; None where only Linux would say."""
-    inode = os.fstat(descriptor).st_ino
+    about = os.fstat(descriptor)
     try:
         locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:131074 0 EOF; who waits has an arrow before FLOCK.
     fields = [line.split() for line in locks]
-    return [int(each[4]) for each in fields if each[1] == "FLOCK" and each[5].endswith(f":{inode}")]
+    held = [(each[5], int(each[4])) for each in fields if each[1] == "FLOCK"]
+    device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
+    if _is_mounted(about.st_dev):
+        return [pid for place, pid in held if place == f"{device}:{about.st_ino}"]
+    return [pid for place, pid in held if place.endswith(f":{about.st_ino}")]
+
+
+def _is_mounted(device: int) -> bool:
+    """Whether the kernel names *device* among its mounts: a subvolume of btrfs has one for `stat` only."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.split()[2] == f"{os.major(device)}:{os.minor(device)}" for line in mounts)

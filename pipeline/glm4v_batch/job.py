@@ -44,7 +44,7 @@ PART_COLUMNS = (
 
 _MAPS: frozenset[Location] = frozenset({("devices", "layout")})
 
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(lambda value: _without_null(value))]
 _Names = Annotated[tuple[Text, ...], BeforeValidator(lambda value: _as_tuple(value))]
 
 
@@ -288,7 +288,9 @@ class BatchingSettings(_Section):
         "of pixels and prompt, without a model, for trying out. auto is generate, and plan says why.",
     )
     max_batch_size: int | None = Field(default=None, ge=1, description="Null: as many as the memory holds.")
-    echo_seconds: float = Field(default=0.0, ge=0, description="How long the echo engine takes for a batch.")
+    echo_seconds: float = Field(
+        default=0.0, ge=0, le=86_400, description="How long the echo engine takes for a batch."
+    )
     echo_replicas: int = Field(
         default=0, ge=0, le=64, description="Processes that the echo engine runs in; 0: the run's own."
     )
@@ -303,6 +305,12 @@ class BatchingSettings(_Section):
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _without_null(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("holds a null character, which no name may have")
+    return value
 
 
 def _local_folder(value: str) -> str:

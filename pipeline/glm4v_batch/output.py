@@ -75,7 +75,8 @@ def locked(folder: Path) -> Iterator[Lock]:
     A folder that was made for it goes again where no work was begun: the job may turn out to be wrong.
     """
     end_while_importing()  # or the program's own run would refuse it, in the child, and seem to be another's
-    is_new = not folder.exists()
+    with refusing(folder):
+        is_new = not folder.exists()
     descriptor = _open_lock(folder)
     try:
         lock = Lock(folder, descriptor)

@@ -30,7 +30,7 @@ from glm4v_batch.durable import (
     sync_folder,
     write_synced,
 )
-from glm4v_batch.errors import OutputError, first_line, sanitise
+from glm4v_batch.errors import OutputError, first_line, on_one_line, sanitise
 from glm4v_batch.types import ENDLESS
 from glm4v_batch.units import format_bytes
 
@@ -320,7 +320,8 @@ def read_rows(part: Part) -> pa.Table:
         table = file.read()
         if table.num_rows != part.info.num_rows:
             raise OutputError(
-                f"{part.path.name} holds {table.num_rows} rows, its footer says {part.info.num_rows}"
+                f"{on_one_line(part.path.name)} holds {table.num_rows} rows, "
+                f"its footer says {part.info.num_rows}"
             )
     return table.replace_schema_metadata(None)
 
@@ -334,7 +335,7 @@ def failed_rows(part: Part) -> list[tuple[int, str]]:
     with _opened(part) as file:
         table = file.read(columns=wanted.names)
         if set(table.schema) != set(wanted):
-            raise OutputError(f"{part.path.name} has other columns than a part")
+            raise OutputError(f"{on_one_line(part.path.name)} has other columns than a part")
         table.validate(full=True)
     failed = table.filter(pc.is_valid(table.column("error_code")))
     return list(zip(failed.column("row").to_pylist(), failed.column("error_code").to_pylist(), strict=True))
@@ -363,15 +364,17 @@ def _damage_of(path: Path) -> Iterator[None]:
     try:
         # Opening a pipe would wait for ever, and a link's target is nobody's to keep.
         if not is_regular(path):
-            raise OutputError(f"{path.name} is damaged: it is a folder, a link or a pipe instead of a file")
+            raise OutputError(
+                f"{on_one_line(path.name)} is damaged: it is a folder, a link or a pipe instead of a file"
+            )
         yield
     except (OSError, UnicodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)
         if number is None:
             what = first_line(error, with_quotes=True)
-            raise OutputError(f"{path.name} is damaged: {what}") from None
+            raise OutputError(f"{on_one_line(path.name)} is damaged: {what}") from None
         raise OutputError(
-            f"{path} cannot be read: {os.strerror(number)}.",
+            f"{on_one_line(str(path))} cannot be read: {os.strerror(number)}.",
             hint=f"The part itself may be whole. {_what_to_do(number)} {_GO_ON}",
         ) from None
 

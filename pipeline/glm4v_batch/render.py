@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from glm4v_batch.errors import printable
+from glm4v_batch.errors import on_one_line, printable
 from glm4v_batch.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -45,15 +45,15 @@ def plan_as_text(plan: "Plan") -> str:
     shards, parts = format_count(len(opened.shards), "shard"), format_count(len(plan.parts), "part")
     lines = [
         f"job          {job.name}",
-        f"source       {job.source.path}: {shards}, {_rows(plan.num_rows)}",
-        f"committed    {_rows(plan.num_committed)} in {parts} of {job.output.path}",
+        f"source       {on_one_line(job.source.path)}: {shards}, {_rows(plan.num_rows)}",
+        f"committed    {_rows(plan.num_committed)} in {parts} of {on_one_line(job.output.path)}",
         f"left         {_left(plan)}",
         f"model        {job.model.name} ({opened.checkpoint.model_type}, {job.model.dtype})",
         *_forecast_lines(plan),
         f"fingerprint  {plan.fingerprint[:12]}",
     ]
     lines += [f"changed      {line}" for line in changed_lines(plan)]
-    lines += [f"gone         {path}; its parts stay" for path in plan.vanished]
+    lines += [f"gone         {on_one_line(path)}; its parts stay" for path in plan.vanished]
     lines += [f"note         {line}" for line in retry_notes(plan)]
     return printable("\n".join(lines))
 
@@ -69,7 +69,7 @@ def changed_lines(plan: "Plan") -> Iterator[str]:
     """Which sources have changed, and what becomes of their parts."""
     for path, count in plan.changed.items():
         parts = format_count(count, "part")
-        yield f"{path}; its {parts} of the old data taken away, its rows done again"
+        yield f"{on_one_line(path)}; its {parts} of the old data taken away, its rows done again"
 
 
 def _rows(count: int | None) -> str:
@@ -314,7 +314,7 @@ def status_as_text(status: "Status") -> str:
     lines += [f"  {count:>10,}  {code}" for code, count in status.failures.items()]
     if status.num_failed:
         lines.append("retry        glm4v-batch run JOB --retry-failed")
-    lines += [f"source       {path}: {_rows(count)}" for path, count in status.sources.items()]
+    lines += [f"source       {on_one_line(path)}: {_rows(count)}" for path, count in status.sources.items()]
     lines += [f"batches      {line}" for line in _batch_lines(status.batches)]
     return printable("\n".join(lines))
 

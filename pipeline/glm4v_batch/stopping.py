@@ -24,6 +24,8 @@ from glm4v_batch.types import BatchStart, Chunk, Completion, Failure
 
 # Less than what service managers wait between asking and killing: 30 s and more.
 _GRACE_SECONDS = 25.0
+# The clock of a timer ends in some 290 years.
+_LONGEST_TIMER_SECONDS = 100 * 365 * 86_400.0
 # Nothing looks at the clock while the run waits for a decoder or the source: an alarm ends that.
 _LATE_SECONDS = 1.0
 
@@ -137,7 +139,8 @@ def stopping(deadline: Deadline | None) -> Iterator[Stop]:
     previous = {number: signal.signal(number, stop_gently) for number in heeded()}
     previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, end_the_grace)
     if deadline is not None:
-        late = max(0.0, deadline.seconds_left) + _GRACE_SECONDS + _LATE_SECONDS
+        left = min(max(0.0, deadline.seconds_left), _LONGEST_TIMER_SECONDS)
+        late = left + _GRACE_SECONDS + _LATE_SECONDS
         signal.setitimer(signal.ITIMER_REAL, late, _LATE_SECONDS)
     try:
         yield stop

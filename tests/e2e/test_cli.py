@@ -247,3 +247,45 @@ def test_no_name_reaches_a_terminal_unescaped(tmp_path: Path, make_source: MakeS
         assert "\u202e" not in text
     assert said.returncode == 0, said.stderr
     assert json.loads(as_json.stdout)
+
+
+@pytest.mark.parametrize(
+    ("setting", "exit_code", "told"),
+    [
+        ("output.path=" + "x" * 256, 5, "File name too long"),
+        ('output.path="a\\0b"', 2, "a null character"),
+        ("model.name=" + "x" * 256, 2, "model.name cannot be looked up"),
+        ("batching.echo_seconds=1e18", 2, "must be 86400 or less"),
+    ],
+)
+def test_what_no_system_can_do_is_the_jobs_mistake(
+    tmp_path: Path, make_source: MakeSource, setting: str, exit_code: int, told: str
+) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(4), tmp_path / "out")
+
+    finished = run_command("run", job, "--set", setting)
+
+    assert finished.returncode == exit_code, finished.stderr
+    assert told in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_night_may_last_longer_than_any_timer(tmp_path: Path, make_source: MakeSource) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(4), tmp_path / "out")
+
+    finished = run_command("run", job, "--until", "9999-12-31")
+
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_name_with_a_line_break_stays_on_its_line(tmp_path: Path, make_source: MakeSource) -> None:
+    source = make_source(4)
+    next(source.glob("*.parquet")).rename(source / "new\nline.parquet")
+    job = write_job(tmp_path / "job.yaml", source, tmp_path / "out")
+    ran = run_command("run", job)
+
+    told = run_command("status", tmp_path / "out").stdout
+
+    assert ran.returncode == 0, ran.stderr
+    assert "new\\nline.parquet: 4 rows" in told
+    assert "\nline.parquet" not in told

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from glm4v_batch.errors import JobError, SourceError, first_line, sanitise
+from glm4v_batch.errors import JobError, SourceError, first_line, on_one_line, sanitise
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.types import Chunk, Record
 from glm4v_batch.units import format_bytes
@@ -208,7 +208,7 @@ class _Cursor:
             self._opened = _open(fs, path)
         footer = _read_footer(fs, path, shard.path)
         if footer.shard.identity != shard.identity:
-            raise SourceError(f"{shard.path} has changed since this run began.", hint=_PUT_BACK)
+            raise SourceError(f"{on_one_line(shard.path)} has changed since this run began.", hint=_PUT_BACK)
         with _reading(shard.path, "the file"):
             file = pq.ParquetFile(
                 self._opened,
@@ -225,7 +225,8 @@ class _Cursor:
         batch = next(self._batches, None) if self._rest is None else self._rest
         if batch is None:
             raise SourceError(
-                f"{self.shard.path} ends at row {self.next_row}, before its footer says.", hint=_REPLACE
+                f"{on_one_line(self.shard.path)} ends at row {self.next_row}, before its footer says.",
+                hint=_REPLACE,
             )
         piece = _fitting(batch.slice(0, num_rows))
         rest = batch.slice(piece.num_rows)
@@ -339,12 +340,15 @@ def _reading(shard: str, where: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise _MemoryNeededError(
-            f"{shard} cannot be read in {where}: that takes more memory than a file may.", hint=_REPLACE
+            f"{on_one_line(shard)} cannot be read in {where}: that takes more memory than a file may.",
+            hint=_REPLACE,
         ) from None
     except FileNotFoundError:
-        raise SourceError(f"{shard} is gone since this run began.", hint=_PUT_BACK) from None
+        raise SourceError(f"{on_one_line(shard)} is gone since this run began.", hint=_PUT_BACK) from None
     except _UNREADABLE as error:
-        raise SourceError(f"{shard} cannot be read in {where}: {first_line(error)}.", hint=_REPLACE) from None
+        raise SourceError(
+            f"{on_one_line(shard)} cannot be read in {where}: {first_line(error)}.", hint=_REPLACE
+        ) from None
 
 
 def _open(fs: Any, path: str) -> Any:

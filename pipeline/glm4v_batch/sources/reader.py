@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from glm4v_batch.child import Child
 from glm4v_batch.confinement import be_silent, leave_no_core, limit_memory
-from glm4v_batch.errors import Glm4vBatchError, SourceError
+from glm4v_batch.errors import Glm4vBatchError, SourceError, on_one_line
 from glm4v_batch.job import ParquetSettings
 
 from . import RecordColumns
@@ -132,7 +132,7 @@ class Reader:
             stream, oversize_bytes = self._ask(_Rows(path, first_row, num_rows), _ANSWER_SECONDS)
         except _LostError as lost:
             raise SourceError(
-                f"{path} cannot be read at row {first_row}: {lost}.",
+                f"{on_one_line(path)} cannot be read at row {first_row}: {lost}.",
                 hint="Replace the file, or move it away to go on with the others. What is committed stays.",
             ) from None
         return Piece(pa.ipc.open_stream(stream).read_next_batch(), oversize_bytes)
