@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -39,6 +40,8 @@ def ended_by_signals() -> Iterator[None]:
 
     def end(number: int, _frame: FrameType | None) -> None:
         let_the_next_one_end_it()
+        # What is left open in the middle of an import ends with the process.
+        warnings.simplefilter("ignore", ResourceWarning)
         raise SignalledError(number)
 
     def again(dropped: SignalledError) -> None:
