@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MAX_SOURCES = 20
 _MAX_FAULTS = 50
+_MAX_PLACES = 3
 _HEADER = ["source", "expected", "committed", "ok", "failed", "missing", "doubled"]
 
 
@@ -85,7 +86,18 @@ def _failures(counts: "Sequence[SourceCount]") -> Iterator[str]:
     if codes:
         yield ""
         yield "failures by code"
-        yield from (f"{number:>9,}  {sanitise(code)}" for code, number in codes.most_common())
+        for code, number in codes.most_common():
+            yield f"{number:>9,}  {sanitise(code)}{_where(code, counts)}"
+
+
+def _where(code: str, counts: "Sequence[SourceCount]") -> str:
+    """In which sources, where there are several; the ones with most of them."""
+    if len(counts) == 1:
+        return ""
+    having = sorted((count for count in counts if count.failures.get(code)), key=lambda c: -c.failures[code])
+    named = [f"{count.failures[code]:,} in {sanitise(count.path)}" for count in having[:_MAX_PLACES]]
+    more = [f"and {len(having) - _MAX_PLACES:,} more sources"] if len(having) > _MAX_PLACES else []
+    return ": " + ", ".join([*named, *more])
 
 
 def _notes(verdict: "Verdict") -> Iterator[str]:
