@@ -156,8 +156,8 @@ def check_kernel() -> bool:
         pool[:, start : start + count] = random(2, count, shared, width).bfloat16()
     ends = np.concatenate([[0], np.cumsum(sizes)])
     ints = partial(torch.tensor, device="cuda", dtype=torch.int32)
-    pieces = Sequences(ints(ends.tolist()), ints(starts[:4]), ints(counts[:4]), max(sizes))
-    rows = Sequences(ints([0, 1, 2]), ints(starts[4:]), ints(counts[4:]), 1)
+    pieces = Sequences(ints(ends.tolist()), ints(starts[:4]), ints(counts[:4]))
+    rows = Sequences(ints([0, 1, 2]), ints(starts[4:]), ints(counts[4:]))
     places = [s + c - n + i for s, c, n in zip(starts, counts, [*sizes, 1, 1], strict=True) for i in range(n)]
     packing = Packing(torch.tensor(places, device="cuda"), int(ends[-1]), pieces, rows)
     query, key, value = (random(len(places), n, width).bfloat16() for n in (heads, shared, shared))

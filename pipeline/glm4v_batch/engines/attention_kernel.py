@@ -37,10 +37,11 @@ def attend_pieces(
 
     Nothing is read of the pool beyond each sequence's own keys. A query that sees no key finds zeros.
     """
-    num_heads = query.shape[1]
+    num_tokens, num_heads = query.shape[:2]
     shape = _Shape(rows=64, keys=64, is_causal=is_causal, are_heads_rows=False)
-    grid = (triton.cdiv(sequences.longest, shape.rows), num_heads, len(sequences.key_counts))
-    _launch(grid, answer, query, keys, values, sequences, scaling, shape)
+    # Each sequence may end within a block.
+    most_blocks = triton.cdiv(num_tokens, shape.rows) + len(sequences.key_counts)
+    _launch((most_blocks, num_heads), answer, query, keys, values, sequences, scaling, shape)
 
 
 def attend_rows(
@@ -50,7 +51,7 @@ def attend_rows(
     num_key_heads = keys.shape[1]
     rows = max(_FEWEST_ROWS, triton.next_power_of_2(query.shape[1] // num_key_heads))
     shape = _Shape(rows=rows, keys=64, is_causal=False, are_heads_rows=True)
-    grid = (1, num_key_heads, len(sequences.key_counts))
+    grid = (len(sequences.key_counts), num_key_heads)
     _launch(grid, answer, query, keys, values, sequences, scaling, shape)
 
 
@@ -65,7 +66,7 @@ class _Shape:
 
 
 def _launch(
-    grid: tuple[int, int, int],
+    grid: tuple[int, int],
     answer: Tensor,
     query: Tensor,
     keys: Tensor,
@@ -74,13 +75,14 @@ def _launch(
     scaling: float,
     shape: _Shape,
 ) -> None:
-    width = query.shape[2]
+    width, num_sequences = query.shape[2], len(sequences.key_counts)
     _attend[grid](
         query, keys, values, answer,
-        sequences.ends, sequences.key_starts, sequences.key_counts, scaling * _LOG2_E,
+        sequences.ends, sequences.key_starts, sequences.key_counts, num_sequences, scaling * _LOG2_E,
         *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
         GROUP=query.shape[1] // keys.shape[1], WIDTH=width, ROWS=shape.rows, KEYS=shape.keys,
         IS_CAUSAL=shape.is_causal, ARE_HEADS_ROWS=shape.are_heads_rows,
+        SLOTS=1 if shape.are_heads_rows else triton.next_power_of_2(num_sequences),
         num_warps=4, num_stages=_num_stages(query.device, width, shape.rows, shape.keys),
     )  # fmt: skip
 
@@ -97,12 +99,18 @@ def _num_stages(device: torch.device, width: int, rows: int, keys: int) -> int:
 
 @triton.jit
 def _attend(
-    query, keys, values, answer, ends, key_starts, key_counts, scale,
+    query, keys, values, answer, ends, key_starts, key_counts, num_sequences, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, answer_token, answer_head,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, ARE_HEADS_ROWS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, ARE_HEADS_ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    if ARE_HEADS_ROWS:
+        block, sequence = 0, tl.program_id(0)
+    else:
+        block, sequence = _find(tl.program_id(0), ends, num_sequences, ROWS, SLOTS)
+    if sequence >= num_sequences:
+        return
     first = tl.load(ends + sequence)
     size = tl.load(ends + sequence + 1) - first
     count = tl.load(key_counts + sequence)
@@ -145,6 +153,18 @@ def _attend(
         at_answer = token * answer_token + row_head * answer_head
         to = answer + at_answer[:, None] + lane[None, :]
         tl.store(to, found.to(answer.dtype.element_ty), mask=is_row[:, None])
+
+
+@triton.jit
+def _find(place, ends, num_sequences, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """The block *place* of all sequences' blocks: which one of its sequence, and of which sequence."""
+    slot = tl.arange(0, SLOTS)
+    is_slot = slot < num_sequences
+    sizes = tl.load(ends + slot + 1, mask=is_slot, other=0) - tl.load(ends + slot, mask=is_slot, other=0)
+    upto = tl.cumsum((sizes + ROWS - 1) // ROWS, 0)
+    is_before = (upto <= place) & is_slot
+    before = tl.max(tl.where(is_before, upto, 0), 0)
+    return place - before, tl.sum(is_before.to(tl.int32), 0)
 
 
 @triton.jit

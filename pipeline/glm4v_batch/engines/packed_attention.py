@@ -34,19 +34,17 @@ class Sequences:
     ends        int32 [S + 1], where each sequence begins among the tokens, and the end
     key_starts  int32 [S], where each sequence's keys begin in the pool
     key_counts  int32 [S], how many keys each sequence's last token sees, itself among them
-    longest     the most tokens that any of them has
     """
 
     ends: Tensor
     key_starts: Tensor
     key_counts: Tensor
-    longest: int
 
     def to(self, device: torch.device) -> "Sequences":
         """The same on *device*."""
         tensors = (self.ends, self.key_starts, self.key_counts)
         ends, starts, counts = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Sequences(ends, starts, counts, self.longest)
+        return Sequences(ends, starts, counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,25 +194,22 @@ def _vision_attention(
     *,
     scaling: float,
     cu_seq_lens_q: Tensor,
-    max_length_q: int,
     **_others: Any,
 ) -> tuple[Tensor, None]:
     """The packed answer [1, T, H, D] of every image's patches to each other; all inputs [1, H, T, D]."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return _attend_images(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
+    return _attend_images(q, k, v, cu_seq_lens_q, scaling)[None], None
 
 
 # An operator of torch's, so that a block of the vision tower compiles in one piece around it.
 @torch.library.custom_op("glm4v_batch::attend_images", mutates_args=())
-def _attend_images(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float
-) -> Tensor:
-    images = Sequences(ends, ends[:-1], ends.diff(), longest)
+def _attend_images(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scaling: float) -> Tensor:
+    images = Sequences(ends, ends[:-1], ends.diff())
     answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _attend_pieces(answer, query, key, value, images, scaling, is_causal=False)
     return answer
 
 
 @_attend_images.register_fake
-def _(query: Tensor, _key: Tensor, _value: Tensor, _ends: Tensor, _longest: int, _scaling: float) -> Tensor:
+def _(query: Tensor, _key: Tensor, _value: Tensor, _ends: Tensor, _scaling: float) -> Tensor:
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)

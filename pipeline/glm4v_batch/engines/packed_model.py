@@ -151,7 +151,7 @@ class PackedModel:
             # Given these, transformers has no reason to wait for the device.
             position_ids=call.positions,
             cu_seqlens=call.ends,
-            max_seqlen=call.longest,
+            max_seqlen=call.size,
         )
         features: Tensor = output.pooler_output
         return features

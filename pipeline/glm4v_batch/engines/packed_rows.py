@@ -94,11 +94,7 @@ class Step:
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Step":
         """The same step, of other tensors in that order."""
         embeds, positions, writes, last, *sequences = tensors
-        longest = (self.packing.pieces.longest, self.packing.rows.longest)
-        pieces, rows = (
-            Sequences(ends, starts, counts, most)
-            for (ends, starts, counts), most in zip((sequences[:3], sequences[3:]), longest, strict=True)
-        )
+        pieces, rows = Sequences(*sequences[:3]), Sequences(*sequences[3:])
         return Step(embeds, positions, Packing(writes, self.packing.num_prompt, pieces, rows), last)
 
 
@@ -206,12 +202,11 @@ class DecodeRows:
             pieces, sizes, padding_place=self._pool.num_tokens + len(self._is_live)
         )
         numbers = _Numbers(*torch.split(self._send(on_host), lengths))
-        longest = sizes.num_prompt if self._graphs else max((len(p.input_ids) for p in pieces), default=0)
-        step = self._step_of(pieces, numbers, longest)
+        step = self._step_of(pieces, numbers)
         tokens_R = self._graphs.run(step) if self._graphs else self._tokens_of(step)
         return self._advance(tokens_R, numbers.is_fresh.bool())
 
-    def _step_of(self, pieces: Sequence[Piece], numbers: _Numbers, longest: int) -> Step:
+    def _step_of(self, pieces: Sequence[Piece], numbers: _Numbers) -> Step:
         num_rows = len(numbers.last)
         embeds = self._model.embed(torch.cat([numbers.input_ids, self._token[:num_rows]]))
         features = [piece.features for piece in pieces if piece.features is not None]
@@ -219,9 +214,9 @@ class DecodeRows:
             embeds.index_copy_(0, numbers.image_places, torch.cat(features).to(embeds.dtype))
         positions_R = (self._index + self._offset)[:num_rows].expand(3, -1)
         positions = torch.cat([numbers.positions.view(3, -1), positions_R], dim=1)
-        return Step(embeds, positions, self._packing(numbers, longest), numbers.last)
+        return Step(embeds, positions, self._packing(numbers), numbers.last)
 
-    def _packing(self, numbers: _Numbers, longest: int) -> Packing:
+    def _packing(self, numbers: _Numbers) -> Packing:
         num_rows = len(numbers.last)
         is_live, scratch = self._is_live[:num_rows], self._scratch[:num_rows]
         start, index = self._start[:num_rows], self._index[:num_rows]
@@ -232,8 +227,8 @@ class DecodeRows:
         return Packing(
             writes=torch.cat([numbers.writes, row_keys + row_sizes - 1]),
             num_prompt=len(numbers.input_ids),
-            pieces=Sequences(begins, key_starts[:-1], key_counts[:-1], longest),
-            rows=Sequences(self._ends[: num_rows + 1], row_keys.int(), row_sizes.int(), longest=1),
+            pieces=Sequences(begins, key_starts[:-1], key_counts[:-1]),
+            rows=Sequences(self._ends[: num_rows + 1], row_keys.int(), row_sizes.int()),
         )
 
     def _tokens_of(self, step: Step) -> Tensor:

@@ -30,14 +30,12 @@ class VisionCall:
     positions  int64 [P, 2], row and column of each patch
     ends       int32 [S + 1], where each image begins, and the end
     grids      int64 [S, 3]
-    longest    no image has more patches
     """
 
     patches: Tensor
     positions: Tensor
     ends: Tensor
     grids: Tensor
-    longest: int
 
     @property
     def size(self) -> int:
@@ -51,7 +49,7 @@ class VisionCall:
     def with_tensors(self, tensors: Sequence[Tensor]) -> "VisionCall":
         """The same call, of other tensors in that order."""
         patches, positions, ends, grids = tensors
-        return VisionCall(patches, positions, ends, grids, self.longest)
+        return VisionCall(patches, positions, ends, grids)
 
 
 def grids_to_record(most_patches: int) -> Iterator[GridTHW]:
@@ -85,13 +83,11 @@ def vision_call(
     places = get_vision_position_ids(torch.tensor(grids), merge_size)
     num_blank = _SLOTS - len(images) if fills_up else 0
     ends = torch.tensor([0, *sizes, missing, *[0] * (num_blank - 1)][: len(images) + num_blank + 1]).cumsum(0)
-    total = sum(sizes) + missing
     return VisionCall(
         patches=torch.cat([*patches, blank]),
         positions=sent(torch.nn.functional.pad(places, (0, 0, 0, missing)), device),
         ends=sent(ends.int(), device),
         grids=sent(torch.tensor([*grids, *[_NO_IMAGE] * num_blank]), device),
-        longest=total if fills_up else max(sizes),
     )
 
 
