@@ -184,13 +184,14 @@ def _look(
         else:
             k = tl.load(at_keys)
             v = tl.load(at_values)
-        score = tl.dot(q, k) * scale
+        score = tl.dot(q, k)
         if IS_MASKED:
             is_seen = (key[None, :] <= last_key[:, None]) & (key[None, :] < count)
             # Not -inf, whose difference from itself is no number where a row sees nothing yet.
             score = tl.where(is_seen, score, -1.0e30)
-        new = tl.maximum(highest, tl.max(score, 1))
-        weight = tl.exp2(score - new[:, None])
+        # Scaled only here: a product and a difference of each score are one instruction.
+        new = tl.maximum(highest, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - new[:, None])
         if IS_MASKED:
             weight = tl.where(is_seen, weight, 0.0)
         fade = tl.exp2(highest - new)

@@ -176,7 +176,8 @@ class PackedEngine:
         ready = sum(work.num_left for work in (*self._encoded, *self._prefilling))
         chosen: list[Work] = []
         num_patches = 0
-        while self._waiting and ready < 2 * self._piece_tokens():
+        # A call that is made at all is made full: small ones are slower by the image.
+        while self._waiting and (chosen or ready < 2 * self._piece_tokens()):
             num_patches += self._waiting[0].request.visual_patches
             if chosen and num_patches > self._limits.patches:
                 break

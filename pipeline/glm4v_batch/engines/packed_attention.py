@@ -118,12 +118,30 @@ def attend(query: Tensor, key: Tensor, value: Tensor, in_hand: InHand, scaling: 
     values.index_copy_(0, packing.writes, value)
     num_prompt = packing.num_prompt
     answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    beside = _forked(query.device) if 0 < num_prompt < len(query) else None
+    with torch.cuda.stream(beside):
+        if num_prompt < len(query):
+            _attend_rows(answer[num_prompt:], query[num_prompt:], keys, values, packing.rows, scaling)
     if num_prompt:
         of_prompts = (answer[:num_prompt], query[:num_prompt], keys, values, packing.pieces, scaling)
         _attend_pieces(*of_prompts, is_causal=True)
-    if num_prompt < len(query):
-        _attend_rows(answer[num_prompt:], query[num_prompt:], keys, values, packing.rows, scaling)
+    if beside:
+        torch.cuda.current_stream(query.device).wait_stream(beside)
     return answer
+
+
+def _forked(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream that waits for what is under way: rows wait for memory, pieces for arithmetic."""
+    if device.type != "cuda":
+        return None
+    stream = _stream_beside(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
+@cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _attend_pieces(

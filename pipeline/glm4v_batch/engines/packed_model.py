@@ -20,6 +20,7 @@ from glm4v_batch.engines.packed_attention import (
     register,
 )
 from glm4v_batch.engines.packed_graphs import RUNS_TO_RECORD, Graphs
+from glm4v_batch.engines.packed_positions import Positions
 from glm4v_batch.engines.packed_vision import VisionCall, grids_to_record, is_recorded, vision_call
 from glm4v_batch.kv_pool import KVPool, make_pool
 from glm4v_batch.types import GridTHW
@@ -64,6 +65,8 @@ class PackedModel:
         if len(set(self.layer_devices)) > 1 or getattr(model, "hf_device_map", {}):
             _take_hooks_off(self._text, self._head)
         _see_through_whole(self._visual.patch_embed)
+        if hasattr(self._visual, "embeddings"):
+            self._visual.embeddings = Positions(self._visual.embeddings.position_embedding)
         self._temporal_patch_size = temporal_patch_size
         self._table = table.to(self.vision_device)
         self._features: Tensor | None = None
