@@ -14,6 +14,8 @@ CPU_ROWS = 32
 MOST_PIECE_TOKENS = 2048
 MOST_PATCHES = 16_384
 _PIECE_TOKENS = (64, 256, 512, 1024, MOST_PIECE_TOKENS)
+# A call of the vision tower has a multiple of the first up to MOST_PATCHES, and of the second beyond.
+_PATCH_STEP, _LARGE_PATCH_STEP = 1024, 2048
 # Smaller calls of the vision tower are slower: the host launches as many kernels for each.
 _PATCHES = (MOST_PATCHES, MOST_PATCHES // 2, 0)
 _MARGIN = 1.05
@@ -72,13 +74,19 @@ def packed_limits(demand: PackedDemand, room_bytes: Sequence[int]) -> PackedLimi
     where not even the worst request fits, piece by piece.
     """
     best = PackedLimits(demand.max_rows, 0, 0, 0)
-    for patches in dict.fromkeys(max(demand.image_patches, patches) for patches in _PATCHES):
+    for patches in dict.fromkeys(filled_up(max(demand.image_patches, patches)) for patches in _PATCHES):
         found = _with_patches(demand, room_bytes, patches)
         if found.pool_tokens > _WORTH_SMALLER_CALLS * best.pool_tokens:
             best = found
     if best.pool_tokens < tokens_of(demand.worst):
         raise _no_room(tokens_of(demand.worst), best, room_bytes)
     return best
+
+
+def filled_up(num_patches: int) -> int:
+    """*num_patches* rounded up to one of the few sizes that calls of the vision tower have as CUDA graphs."""
+    step = _PATCH_STEP if num_patches <= MOST_PATCHES else _LARGE_PATCH_STEP
+    return -(-num_patches // step) * step
 
 
 def _with_patches(demand: PackedDemand, room_bytes: Sequence[int], patches: int) -> PackedLimits:

@@ -318,9 +318,11 @@ def test_work_filled_up_to_sizes_that_were_recorded_writes_the_same(
     monkeypatch.setattr(PackedModel, "has_vision_graphs", True)
     for module in (packed_rows, packed_model):
         monkeypatch.setattr(module, "Graphs", ReplayedOnTheHost)
+    engine = packed_engine("caption", limits=limits)
+    engine._model.record_vision(limits.patches)
     ReplayedOnTheHost.num_replayed.clear()
 
-    found = texts(packed_engine("caption", limits=limits).run(iter(requests)))
+    found = texts(engine.run(iter(requests)))
 
     assert found == texts(answers("caption", requests))
     assert ReplayedOnTheHost.num_replayed["Step"] > 5

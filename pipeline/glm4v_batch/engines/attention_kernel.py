@@ -21,6 +21,8 @@ _LOG2_E = 1.4426950408889634
 # The matrix units take no fewer rows.
 _FEWEST_ROWS = 16
 _MOST_STAGES = 3
+# Each number of slots is a kernel of its own.
+_FEWEST_SLOTS = 32
 
 
 def attend_pieces(
@@ -82,7 +84,7 @@ def _launch(
         *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
         GROUP=query.shape[1] // keys.shape[1], WIDTH=width, ROWS=shape.rows, KEYS=shape.keys,
         IS_CAUSAL=shape.is_causal, ARE_HEADS_ROWS=shape.are_heads_rows,
-        SLOTS=1 if shape.are_heads_rows else triton.next_power_of_2(num_sequences),
+        SLOTS=max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences)),
         num_warps=4, num_stages=_num_stages(query.device, width, shape.rows, shape.keys),
     )  # fmt: skip
 
@@ -97,7 +99,7 @@ def _num_stages(device: torch.device, width: int, rows: int, keys: int) -> int:
     return max(1, min(_MOST_STAGES, (room - rows * width * value_bytes) // block_bytes))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def _attend(
     query, keys, values, answer, ends, key_starts, key_counts, num_sequences, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, answer_token, answer_head,

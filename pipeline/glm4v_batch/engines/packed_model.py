@@ -21,7 +21,7 @@ from glm4v_batch.engines.packed_attention import (
 )
 from glm4v_batch.engines.packed_graphs import RUNS_TO_RECORD, Graphs
 from glm4v_batch.engines.packed_positions import Positions
-from glm4v_batch.engines.packed_vision import VisionCall, grids_to_record, is_recorded, vision_call
+from glm4v_batch.engines.packed_vision import MOST_IMAGES, VisionCall, vision_call
 from glm4v_batch.kv_pool import KVPool, make_pool
 from glm4v_batch.types import GridTHW
 
@@ -64,13 +64,15 @@ class PackedModel:
         self._visual.config._attn_implementation = VISION_ATTENTION  # noqa: SLF001
         if len(set(self.layer_devices)) > 1 or getattr(model, "hf_device_map", {}):
             _take_hooks_off(self._text, self._head)
-        _see_through_whole(self._visual.patch_embed)
+        self._visual.patch_embed.proj = _WholeKernel(self._visual.patch_embed.proj)
+        self._visual.downsample = _WholeKernel(self._visual.downsample)
         if hasattr(self._visual, "embeddings"):
             self._visual.embeddings = Positions(self._visual.embeddings.position_embedding)
         self._temporal_patch_size = temporal_patch_size
         self._table = table.to(self.vision_device)
         self._features: Tensor | None = None
         self._vision_graphs = Graphs(self._kept_features_of) if self.has_vision_graphs else None
+        self._most_recorded = 0
 
     @property
     def device(self) -> torch.device:
@@ -139,7 +141,8 @@ class PackedModel:
     def encode(self, images: Sequence[Tensor], grids: Sequence[GridTHW]) -> Tensor:
         """The features [V, D] of *images*, one after another: of each its uint8 patches [P, C × patch²]."""
         num_patches = sum(map(len, images))
-        graphs = self._vision_graphs if is_recorded(num_patches, len(images)) else None
+        is_recorded = num_patches <= self._most_recorded and len(images) <= MOST_IMAGES
+        graphs = self._vision_graphs if is_recorded else None
         device = self.vision_device
         call = vision_call(images, grids, self.merge_size, device, fills_up=graphs is not None)
         if graphs is None:
@@ -168,14 +171,17 @@ class PackedModel:
 
     @torch.inference_mode()
     def record_vision(self, most_patches: int) -> None:
-        """Have all calls of up to *most_patches* ready as graphs. Raises torch.OutOfMemoryError."""
+        """Let calls of up to *most_patches* be graphs, the largest at once: no other one takes more memory.
+
+        *most_patches* is one of the sizes that calls are filled up to. Raises torch.OutOfMemoryError.
+        """
         if self._vision_graphs is None:
             return
         self._vision_graphs.forget()
-        for grid in grids_to_record(most_patches):
-            image = torch.zeros(grid[1] * grid[2], self.patch_values, dtype=torch.uint8)
-            for _ in range(RUNS_TO_RECORD):
-                self.encode([image], [grid])
+        self._most_recorded = most_patches
+        image = torch.zeros(most_patches, self.patch_values, dtype=torch.uint8)
+        for _ in range(RUNS_TO_RECORD):
+            self.encode([image], [(1, self.merge_size, most_patches // self.merge_size)])
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeddings [T, D] of int64 *input_ids* [T]."""
@@ -230,10 +236,6 @@ class _WholeKernel(torch.nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         return torch.nn.functional.linear(values.flatten(1), self.weight.flatten(1), self.bias)
-
-
-def _see_through_whole(patch_embed: Any) -> None:
-    patch_embed.proj = _WholeKernel(patch_embed.proj)
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:

@@ -175,11 +175,12 @@ class DecodeRows:
         ]
         rows = self._send(torch.tensor([e.row for e in entries]))
         self._numbers[:, rows] = self._send(torch.tensor(columns).T.contiguous())
-        self._is_live[rows] = False
+        # To assign False would copy it from the host, and wait for all that is under way.
+        self._is_live.index_fill_(0, rows, value=False)
         if self._seen is not None:
             for entry in entries:
-                self._seen[entry.row] = False
-                self._seen[entry.row, self._send(entry.input_ids)] = True
+                seen = self._seen[entry.row].zero_()
+                seen.index_fill_(0, self._send(entry.input_ids), value=True)
 
     @torch.inference_mode()
     def leave(self) -> None:

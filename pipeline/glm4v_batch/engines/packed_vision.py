@@ -2,21 +2,19 @@
 
 # P patches, S images
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids
 
+from glm4v_batch.packed_limits import filled_up
 from glm4v_batch.types import GridTHW
 
 MOST_IMAGES = 31
 """Of one call."""
 
-_PATCH_STEP = 1024
-_MOST_RECORDED = 16_384
 # What is filled up is one more image.
 _SLOTS = MOST_IMAGES + 1
 _NO_IMAGE = (1, 2, 2)
@@ -52,18 +50,6 @@ class VisionCall:
         return VisionCall(patches, positions, ends, grids)
 
 
-def grids_to_record(most_patches: int) -> Iterator[GridTHW]:
-    """An image of each size that calls are filled up to, the largest first, up to *most_patches*."""
-    side = math.isqrt(_PATCH_STEP)
-    for size in range(min(_MOST_RECORDED, most_patches) // _PATCH_STEP * _PATCH_STEP, 0, -_PATCH_STEP):
-        yield 1, side, size // side
-
-
-def is_recorded(num_patches: int, num_images: int) -> bool:
-    """Whether a call of so much is filled up to one of them."""
-    return num_patches <= _MOST_RECORDED and num_images <= MOST_IMAGES
-
-
 def vision_call(
     images: Sequence[Tensor],
     grids: Sequence[GridTHW],
@@ -77,7 +63,7 @@ def vision_call(
     With *fills_up* it has as many patches and images as the graph for its size, those that are missing blank.
     """
     sizes = [len(image) for image in images]
-    missing = -sum(sizes) % _PATCH_STEP if fills_up else 0
+    missing = filled_up(sum(sizes)) - sum(sizes) if fills_up else 0
     patches = [image.to(device, non_blocking=True) for image in images]
     blank = torch.zeros(missing, patches[0].shape[1], dtype=torch.uint8, device=device)
     places = get_vision_position_ids(torch.tensor(grids), merge_size)
