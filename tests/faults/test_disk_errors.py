@@ -69,7 +69,7 @@ def harm_of_trouble(scene: Scene, disk: Path, finished: Finished) -> Iterator[st
 
 
 def test_a_disk_that_refuses_fails_the_run_and_no_record(scene: Scene, judge: Judge) -> None:
-    faults = sampled(every_failure([change for _, change in undisturbed(scene)]), 7)
+    faults = sampled(every_failure([change for _, change in undisturbed(scene)]), 5)
 
     violations = [violation for fault in faults for violation in violations_of(scene, fault)]
 

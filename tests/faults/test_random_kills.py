@@ -27,7 +27,7 @@ from tests.faults.runs import (
     wait_for,
 )
 
-NUM_KILLS = 200 if WANTS_ALL else 10
+NUM_KILLS = 200 if WANTS_ALL else 6
 WORKERS = ("glm4v-decoder", "glm4v-reader", "glm4v-replica")
 SLOW = "max_batch_size: 4, echo_seconds: 0.05"
 

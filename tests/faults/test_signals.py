@@ -27,7 +27,7 @@ from tests.faults.runs import (
     wait_for,
 )
 
-NUM_SIGNALS = 100 if WANTS_ALL else 10
+NUM_SIGNALS = 100 if WANTS_ALL else 6
 GRACE_SECONDS = 25
 KINDS = ("term", "twice", "int to the group", "hup", "term with stdout closed")
 

@@ -39,7 +39,7 @@ from tests.faults.conftest import Judge
 from tests.faults.harness import WANTS_ALL
 from tests.faults.runs import rows_of, stamps
 
-NUM_EXAMPLES = 150 if WANTS_ALL else 8
+NUM_EXAMPLES = 150 if WANTS_ALL else 5
 NUM_STEPS = 25 if WANTS_ALL else 15
 ROWS_PER_SHARD = 10
 
