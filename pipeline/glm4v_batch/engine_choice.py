@@ -36,7 +36,7 @@ def _cannot(needs: ModelNeeds, placement: Placement) -> Iterator[str]:
 
 
 def _is_slower(needs: ModelNeeds, placement: Placement) -> Iterator[str]:
-    """Where the packed engine would be right, and slower or not measured enough."""
+    """Where the packed engine would be right, and slower or not measured."""
     replica = placement.replicas[0]
     if replica.devices[0].index is None:
         yield "on a CPU it is faster than the packed engine, whose attention is made for GPUs"
@@ -44,4 +44,3 @@ def _is_slower(needs: ModelNeeds, placement: Placement) -> Iterator[str]:
         yield "the packed engine's attention is fast for values of 16 bits only (model.dtype)"
     if any(len(each.devices) > 1 for each in placement.replicas):
         yield "a copy of the model lies on several GPUs, where the packed engine is not measured yet"
-    yield "the packed engine is measured on images of one size only; batching.engine: packed asks for it"

@@ -4,21 +4,25 @@ Run from the repository's root on a machine with a CUDA GPU:
 
     PYTHONPATH=pipeline:. python -m tests.gpu.packed_check
 
-Three things are shown, and the exit code is 1 where one of the first two does not hold:
+Four things are shown, and the exit code is 1 where one of the first three does not hold:
 
 - The attention kernel reads nothing but what it is told to: the pool around is NaN, and its answers are
   those of float32 within rounding.
 - Logits at the end of the prompt and 20 tokens later are as near to those of float32 as `generate()`'s are,
   alone and with neighbours. All are given the same tokens.
+- The host waits for the GPU nowhere but where it takes what a step gave.
 - How many texts other neighbours change, in the packed engine and in `generate()`.
 
-With `--tiny` the model is small and the CPU will do, without the first.
+With `--tiny` the model is small and the CPU will do, without the first and the third.
 """
 
 import argparse
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -249,8 +253,8 @@ def texts(events: Iterator[Any]) -> dict[int, str]:
     return {event.row: event.text for event in events if isinstance(event, Completion)}
 
 
-def show_neighbours(model: Any, vocabulary: Vocabulary, requests: Sequence[Request]) -> None:
-    """How many texts change where other requests run beside."""
+def show_neighbours(model: Any, vocabulary: Vocabulary, requests: Sequence[Request]) -> bool:
+    """How many texts change where other requests run beside; False where packed ones wait meanwhile."""
     many, few = (
         texts(generate_engine(model, vocabulary, SETTINGS, size).run(iter(requests)))
         for size in (len(requests), 5)
@@ -262,9 +266,24 @@ def show_neighbours(model: Any, vocabulary: Vocabulary, requests: Sequence[Reque
     runs = {rows: packed_engine(packed, vocabulary, rows, coefficients) for rows in (len(requests), 5)}
     found = {rows: texts(engine.run(iter(requests))) for rows, engine in runs.items()}
     print(f"packed, {len(requests)} rows and 5: {_changed(found[len(requests)], found[5])}", flush=True)
-    again = texts(runs[len(requests)].run(iter(requests)))
+    again, waits = _with_waits(runs[len(requests)], requests)
     print(f"packed, twice the same: {_changed(found[len(requests)], again)}", flush=True)
+    print(f"packed, where the host waited: {dict(waits) or 'nowhere'}", flush=True)
     unpack(model, attention)
+    return not waits
+
+
+def _with_waits(engine: PackedEngine, requests: Sequence[Request]) -> tuple[dict[int, str], Counter[str]]:
+    """The texts, and how often which line made the host wait for the GPU without a word."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+        found = texts(engine.run(iter(requests)))
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [each for each in caught if "synchronizing" in str(each.message)]
+    return found, Counter(f"{Path(each.filename).name}:{each.lineno}" for each in waits)
 
 
 def _changed(one: dict[int, str], other: dict[int, str]) -> str:
@@ -297,7 +316,7 @@ def main() -> int:
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
     vocabulary = vocabulary_of(config)
     is_right = tiny or check_kernel()
-    show_neighbours(model, vocabulary, requests_of(config, 40, SETTINGS.max_new_tokens))
+    is_right &= show_neighbours(model, vocabulary, requests_of(config, 40, SETTINGS.max_new_tokens))
     is_right &= check_logits(model, vocabulary, requests_of(config, 8, NUM_FORCED))
     print("as expected" if is_right else "NOT as expected")
     return int(not is_right)

@@ -35,6 +35,10 @@ def test_packed_is_refused_where_it_cannot_serve() -> None:
         reason_for_generate(job("packed"), glm_41v(), placement(offloaded_bytes=1))
 
 
+def test_auto_is_the_packed_engine_where_each_copy_has_a_gpu() -> None:
+    assert reason_for_generate(job("auto"), glm_41v(), placement()) is None
+
+
 def test_auto_says_why_it_takes_generate() -> None:
     unknown = replace(glm_41v(), config={**glm_41v().config, "model_type": "llava"})
 
@@ -44,9 +48,8 @@ def test_auto_says_why_it_takes_generate() -> None:
             (unknown, placement()),
             (replace(glm_41v(), bytes_per_value=4), placement()),
             (glm_41v(), placement(num_cards=2)),
-            (glm_41v(), placement()),
         )
     ]
 
-    words = ["llava", "16 bits", "several GPUs", "one size only"]
-    assert [word in str(reason) for word, reason in zip(words, reasons, strict=True)] == [True] * 4
+    words = ["llava", "16 bits", "several GPUs"]
+    assert [word in str(reason) for word, reason in zip(words, reasons, strict=True)] == [True] * 3

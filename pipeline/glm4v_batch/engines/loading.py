@@ -99,13 +99,16 @@ def _packed_engine(
     packed = PackedModel(model, table, vocabulary.temporal_patch_size)
     warmed = WarmedUp(demand, 0.0)
     if packed.device.type == "cuda":
-        if settings.num_expected is not None and settings.num_expected >= _WORTH_COMPILING:
+        is_compiled = settings.num_expected is not None and settings.num_expected >= _WORTH_COMPILING
+        if is_compiled:
             packed.compile()
 
         def rows_in(pool: "KVPool", max_rows: int) -> DecodeRows:
             return DecodeRows(packed, pool, max_rows, job.generation, vocabulary.eos_token_ids)
 
         warmed = warm_up(packed, rows_in, demand, meter)
+        if is_compiled:
+            packed.end_compilers()
         meter.free()
     limits = packed_limits(warmed.demand, _room_bytes(meter, job.devices.memory_fraction))
     packed.record_vision(limits.patches)

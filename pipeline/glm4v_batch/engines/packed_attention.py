@@ -25,6 +25,8 @@ VISION_ATTENTION = "glm4v_batch_flash"
 
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
 _KERNEL_WIDTHS = (16, 32, 64, 128, 256)
+# Ampere: the first whose matrix units take bfloat16.
+_OLDEST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,11 @@ class Packing:
 
 @cache
 def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernel serves there: a GPU, values of 16 bits, a power of two, and a torch with Triton."""
+    """Whether the kernel serves there: a GPU from 2020 on, values of 16 bits, a power of two, and Triton."""
+    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
+        return False
     fits = dtype in _KERNEL_TYPES and head_dim in _KERNEL_WIDTHS
-    return device.type == "cuda" and fits and find_spec("triton") is not None
+    return fits and torch.cuda.get_device_capability(device) >= _OLDEST_CAPABILITY
 
 
 def register() -> None:

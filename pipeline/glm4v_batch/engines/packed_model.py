@@ -215,6 +215,12 @@ class PackedModel:
         for module in (*self.layers, *self._visual.blocks):
             module.compile(dynamic=True, backend=backend)
 
+    def end_compilers(self) -> None:
+        """End the processes that compiled: they hold memory of the host, and new ones come where needed."""
+        from torch._inductor.async_compile import shutdown_compile_workers
+
+        shutdown_compile_workers()
+
 
 def _give(attention: Any, keys: Tensor, values: Tensor, packing: Packing) -> None:
     """Let *attention* find there what it works with."""
