@@ -214,6 +214,20 @@ def test_calls_of_the_vision_tower_are_full_while_requests_wait(monkeypatch: pyt
     assert all(LIMITS.patches - largest < size <= LIMITS.patches for size in sizes[1:-1])
 
 
+def test_few_patches_wait_in_the_hosts_memory_however_many_requests_may_run() -> None:
+    requests = sample("caption")[1][:60]
+    limits = replace(LIMITS, max_rows=64, patches=1024)
+    engine = packed_engine("caption", limits=limits)
+    waiting: list[int] = []
+
+    for _ in engine.run(iter(requests)):
+        waiting.append(sum(work.request.visual_patches for work in engine._waiting))
+
+    largest = max(request.visual_patches for request in requests)
+    assert 0 < max(waiting) < 2 * limits.patches + largest
+    assert sum(request.visual_patches for request in requests) > 4 * limits.patches
+
+
 def test_an_engine_runs_again_after_it_has_answered_all() -> None:
     requests = sample("caption")[1][:12]
     engine = packed_engine("caption", limits=FEW)

@@ -99,7 +99,7 @@ def _packed_engine(
     packed = PackedModel(model, table, vocabulary.temporal_patch_size)
     warmed = WarmedUp(demand, 0.0)
     if packed.device.type == "cuda":
-        is_compiled = settings.num_expected is not None and settings.num_expected >= _WORTH_COMPILING
+        is_compiled = is_worth_compiling(settings.num_expected)
         if is_compiled:
             packed.compile()
 
@@ -123,6 +123,11 @@ def _packed_engine(
         memory_fraction=job.devices.memory_fraction,
         compile_seconds=warmed.compile_seconds,
     )
+
+
+def is_worth_compiling(num_expected: int | None) -> bool:
+    """Whether *num_expected* requests pay for it. Where nobody knows how many come, there may be millions."""
+    return num_expected is None or num_expected >= _WORTH_COMPILING
 
 
 def _room_bytes(meter: Meter, memory_fraction: float) -> list[int]:

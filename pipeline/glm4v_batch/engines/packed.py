@@ -36,6 +36,8 @@ from glm4v_batch.types import BatchShape, BatchStart, Completion, Failure, PeakS
 _ROW_STEP = 8
 _PIECE_STEP = 64
 _REPORT_SECONDS = 1.0
+# Requests whose patches lie in pinned memory before they may wait; of the largest images 32 take half a GB.
+_MOST_AHEAD = 32
 _CROWDED_FRACTION = 0.98
 # So many answers are taken to be as long as allowed, until real ones say how long they are.
 _GUESSED_ANSWERS = 4
@@ -107,7 +109,7 @@ class PackedEngine:
 
     def run(self, items: Iterable[Request | Failure]) -> Iterator[EngineEvent]:
         """See `Engine.run`. Raises PlacementError where other processes leave no room at all."""
-        with Intake(items, self._prepare, self._limits.max_rows) as intake:
+        with Intake(items, self._prepare, min(_MOST_AHEAD, self._limits.max_rows)) as intake:
             while True:
                 yield from self._take_in(intake)
                 if not self._is_busy():
@@ -121,7 +123,7 @@ class PackedEngine:
         if self._is_draining:
             self._drop()
             return
-        while len(self._waiting) < self._limits.max_rows:
+        while self._may_wait():
             item = intake.next(wait=not self._is_busy())
             if item is None:
                 return
@@ -130,6 +132,11 @@ class PackedEngine:
             else:
                 self._waiting.append(item)
                 self._answers.expect(item.request)
+
+    def _may_wait(self) -> bool:
+        """Whether another request may wait; patches wait in pinned memory, which is the host's."""
+        num_patches = sum(work.request.visual_patches for work in self._waiting)
+        return len(self._waiting) < self._limits.max_rows and num_patches < 2 * self._limits.patches
 
     def _prepare(self, item: Request | Failure) -> Work | Failure:
         """What can be done of *item* on the host, ahead of its turn."""
