@@ -78,15 +78,17 @@ def _launch(
     shape: _Shape,
 ) -> None:
     width, num_sequences = query.shape[2], len(sequences.key_counts)
-    _attend[grid](
-        query, keys, values, answer,
-        sequences.ends, sequences.key_starts, sequences.key_counts, num_sequences, scaling * _LOG2_E,
-        *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
-        GROUP=query.shape[1] // keys.shape[1], WIDTH=width, ROWS=shape.rows, KEYS=shape.keys,
-        IS_CAUSAL=shape.is_causal, ARE_HEADS_ROWS=shape.are_heads_rows,
-        SLOTS=max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences)),
-        num_warps=4, num_stages=_num_stages(query.device, width, shape.rows, shape.keys),
-    )  # fmt: skip
+    # Triton launches on the device that is current, which is the first where a model lies on several.
+    with torch.cuda.device_of(query):
+        _attend[grid](
+            query, keys, values, answer,
+            sequences.ends, sequences.key_starts, sequences.key_counts, num_sequences, scaling * _LOG2_E,
+            *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
+            GROUP=query.shape[1] // keys.shape[1], WIDTH=width, ROWS=shape.rows, KEYS=shape.keys,
+            IS_CAUSAL=shape.is_causal, ARE_HEADS_ROWS=shape.are_heads_rows,
+            SLOTS=max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences)),
+            num_warps=4, num_stages=_num_stages(query.device, width, shape.rows, shape.keys),
+        )  # fmt: skip
 
 
 @cache
