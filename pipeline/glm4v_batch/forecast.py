@@ -167,7 +167,9 @@ def _time(job: Job, forecast: Forecast, num_left: int | None) -> TimeEstimate | 
         _load_seconds(job, forecast),
     )
     replica = forecast.placement.replicas[0]
-    prior = prior_seconds(forecast.needs.config, replica.devices[0], fetching_seconds(replica))
+    prior = prior_seconds(
+        forecast.needs.config, replica.devices[0], fetching_seconds(replica), is_packed=forecast.is_packed
+    )
     return estimate(ahead, forecast.runs[forecast.contexts[0]], prior)
 
 

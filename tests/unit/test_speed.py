@@ -324,6 +324,21 @@ def test_a_config_that_leaves_all_out_has_a_prior(config: Mapping[str, Any]) -> 
     assert prior_seconds(config, GPU) == pytest.approx(PRIOR)
 
 
+@pytest.mark.parametrize(
+    ("size", "num_rows", "measured_seconds"),
+    [(RequestSize(1041, 3996, 128), 1000, 55.9), (RequestSize(1269, 4908, 117), 700, 59.8)],
+)
+def test_the_guess_for_the_packed_engine_holds_what_an_h100_took(
+    size: RequestSize, num_rows: int, measured_seconds: float
+) -> None:
+    prior = prior_seconds(GLM_4_1V_9B, GPU, is_packed=True)
+    guess = estimate(WorkAhead(sampled([size] * 256), num_rows, 256), [], prior)
+
+    assert guess is not None
+    assert guess.low_seconds < measured_seconds < guess.seconds
+    assert guess.seconds < 4 * measured_seconds
+
+
 def test_a_cpu_is_guessed_to_be_much_slower() -> None:
     on_cpu = estimate(AHEAD, [], prior_seconds(GLM_4_1V_9B, CPU))
 
