@@ -42,5 +42,9 @@ def _is_slower(needs: ModelNeeds, placement: Placement) -> Iterator[str]:
         yield "on a CPU it is faster than the packed engine, whose attention is made for GPUs"
     if needs.bytes_per_value != _KERNEL_VALUE_BYTES:
         yield "the packed engine's attention is fast for values of 16 bits only (model.dtype)"
+    if "quantization_config" in needs.config:
+        yield "the packed engine is not measured with quantised weights yet"
+    if "moe" in str(needs.config.get("model_type")):
+        yield "the packed engine is not measured with mixtures of experts yet"
     if any(len(each.devices) > 1 for each in placement.replicas):
         yield "a copy of the model lies on several GPUs, where the packed engine is not measured yet"

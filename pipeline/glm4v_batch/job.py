@@ -285,8 +285,8 @@ class BatchingSettings(_Section):
     engine: Literal["auto", "packed", "generate", "echo"] = Field(
         default="auto",
         description="packed: no padding, continuous batching; generate: transformers' own loop; echo: a hash "
-        "of pixels and prompt, without a model, for trying out. auto: packed for GLM-4V models in 16 bits "
-        "with a GPU for each copy, else generate, and plan says why.",
+        "of pixels and prompt, without a model, for trying out. auto: packed for dense GLM-4V models in 16 "
+        "bits with a GPU for each copy, else generate, and plan says why.",
     )
     max_batch_size: int | None = Field(default=None, ge=1, description="Null: as many as the memory holds.")
     echo_seconds: float = Field(

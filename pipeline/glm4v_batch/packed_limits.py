@@ -1,7 +1,7 @@
 """How much the packed engine may have in hand at once, so that everything fits each device of a replica."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from glm4v_batch.activations import FloatArray
@@ -74,7 +74,9 @@ def packed_limits(demand: PackedDemand, room_bytes: Sequence[int]) -> PackedLimi
     where not even the worst request fits, piece by piece.
     """
     best = PackedLimits(demand.max_rows, 0, 0, 0)
-    for patches in dict.fromkeys(filled_up(max(demand.image_patches, patches)) for patches in _PATCHES):
+    # Where no row of the sample has an image, one may come all the same.
+    largest = max(1, demand.image_patches)
+    for patches in dict.fromkeys(filled_up(max(largest, patches)) for patches in _PATCHES):
         found = _with_patches(demand, room_bytes, patches)
         if found.pool_tokens > _WORTH_SMALLER_CALLS * best.pool_tokens:
             best = found
@@ -87,6 +89,14 @@ def filled_up(num_patches: int) -> int:
     """*num_patches* rounded up to one of the few sizes that calls of the vision tower have as CUDA graphs."""
     step = _PATCH_STEP if num_patches <= MOST_PATCHES else _LARGE_PATCH_STEP
     return -(-num_patches // step) * step
+
+
+def call_sizes(most_patches: int) -> Iterator[int]:
+    """All sizes that `filled_up` gives up to *most_patches*, which is one, the largest first."""
+    size = most_patches
+    while size > 0:
+        yield size
+        size -= _PATCH_STEP if size <= MOST_PATCHES else _LARGE_PATCH_STEP
 
 
 def _with_patches(demand: PackedDemand, room_bytes: Sequence[int], patches: int) -> PackedLimits:

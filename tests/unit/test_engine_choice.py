@@ -47,9 +47,11 @@ def test_auto_says_why_it_takes_generate() -> None:
         for needs, where in (
             (unknown, placement()),
             (replace(glm_41v(), bytes_per_value=4), placement()),
+            (replace(glm_41v(), config={**glm_41v().config, "quantization_config": {}}), placement()),
+            (replace(glm_41v(), config={**glm_41v().config, "model_type": "glm4v_moe"}), placement()),
             (glm_41v(), placement(num_cards=2)),
         )
     ]
 
-    words = ["llava", "16 bits", "several GPUs"]
-    assert [word in str(reason) for word, reason in zip(words, reasons, strict=True)] == [True] * 3
+    words = ["llava", "16 bits", "quantised", "mixtures of experts", "several GPUs"]
+    assert [word in str(reason) for word, reason in zip(words, reasons, strict=True)] == [True] * 5

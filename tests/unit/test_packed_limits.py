@@ -6,7 +6,15 @@ from hypothesis import strategies as st
 
 from glm4v_batch.activations import feature_token_bytes, packed_coefficients, pool_token_bytes
 from glm4v_batch.errors import PlacementError
-from glm4v_batch.packed_limits import PackedDemand, PackedNeeds, packed_limits, peak_bytes
+from glm4v_batch.packed_limits import (
+    MOST_PATCHES,
+    PackedDemand,
+    PackedNeeds,
+    call_sizes,
+    filled_up,
+    packed_limits,
+    peak_bytes,
+)
 from glm4v_batch.types import RequestSize
 from glm4v_batch.units import GIB
 
@@ -28,6 +36,25 @@ def test_beside_a_9b_model_on_24_gib_some_thirty_requests_fit() -> None:
 
     assert 25 <= limits.pool_tokens // (1041 + 128) <= 45
     assert limits.patches == 24576
+
+
+@pytest.mark.parametrize("room_gib", [0.8, 1.2, 2, 3, 40])
+def test_an_image_finds_room_where_no_row_of_the_sample_has_one(room_gib: float) -> None:
+    demand = PackedDemand((NEEDS,), 256, RequestSize(200, 0, 128), RequestSize(200, 0, 128), image_patches=0)
+
+    assert packed_limits(demand, [int(room_gib * GIB)]).patches > 0
+
+
+@given(num_patches=st.integers(1, 100_000))
+def test_a_call_is_filled_up_to_one_of_few_sizes(num_patches: int) -> None:
+    size = filled_up(num_patches)
+
+    assert num_patches <= size < num_patches + (1024 if num_patches <= MOST_PATCHES else 2048)
+    assert filled_up(size) == size
+    sizes = list(call_sizes(size))
+    assert sizes == sorted({filled_up(size) for size in sizes}, reverse=True)
+    assert sizes[0] == size
+    assert len(sizes) <= 16 + (100_000 - MOST_PATCHES) // 2048 + 1
 
 
 def test_a_pool_is_no_larger_than_the_rows_can_fill() -> None:

@@ -86,9 +86,16 @@ def _launch(
             *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
             GROUP=query.shape[1] // keys.shape[1], WIDTH=width, ROWS=shape.rows, KEYS=shape.keys,
             IS_CAUSAL=shape.is_causal, ARE_HEADS_ROWS=shape.are_heads_rows,
-            SLOTS=max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences)),
+            SLOTS=_num_slots(num_sequences, shape),
             num_warps=4, num_stages=_num_stages(query.device, width, shape.rows, shape.keys),
         )  # fmt: skip
+
+
+def _num_slots(num_sequences: int, shape: _Shape) -> int:
+    # Where heads are the rows nothing looks for a sequence.
+    return (
+        _FEWEST_SLOTS if shape.are_heads_rows else max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences))
+    )
 
 
 @cache

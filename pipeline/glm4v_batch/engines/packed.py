@@ -204,6 +204,7 @@ class PackedEngine:
             for image, tensor in zip(call, found, strict=True):
                 features[image.work].append(tensor)
         for work in works:
+            work.unpin()
             if tensors := features[work]:
                 work.features = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         self._encoded.extend(works)

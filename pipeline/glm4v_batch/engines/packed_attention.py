@@ -8,6 +8,7 @@ by sequence, with the same results.
 # T packed tokens, N of them prompts, S sequences, H query heads, K key-value heads, D head_dim, P tokens
 # of the pool
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -122,8 +123,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, in_hand: InHand, scaling: 
     values.index_copy_(0, packing.writes, value)
     num_prompt = packing.num_prompt
     answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    beside = _forked(query.device) if 0 < num_prompt < len(query) else None
-    with torch.cuda.stream(beside):
+    is_mixed = 0 < num_prompt < len(query)
+    beside = _forked(query) if is_mixed else None
+    with torch.cuda.stream(beside) if beside else nullcontext():
         if num_prompt < len(query):
             _attend_rows(answer[num_prompt:], query[num_prompt:], keys, values, packing.rows, scaling)
     if num_prompt:
@@ -134,12 +136,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, in_hand: InHand, scaling: 
     return answer
 
 
-def _forked(device: torch.device) -> torch.cuda.Stream | None:
+def _forked(query: Tensor) -> torch.cuda.Stream | None:
     """A stream that waits for what is under way: rows wait for memory, pieces for arithmetic."""
-    if device.type != "cuda":
+    if not has_kernel(query.device, query.dtype, query.shape[2]):
         return None
-    stream = _stream_beside(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream = _stream_beside(query.device)
+    stream.wait_stream(torch.cuda.current_stream(query.device))
     return stream
 
 

@@ -116,10 +116,6 @@ class Graphs(Generic[_Given]):
         return tensor.new_zeros(max(held, 2 * tensor.numel()))
 
 
-def _holds(buffer: Tensor | None, tensor: Tensor) -> bool:
-    return buffer is not None and buffer.numel() >= tensor.numel()
-
-
 @contextmanager
 def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
     """As `torch.cuda.graph`, which also collects garbage each time: half a second."""

@@ -23,6 +23,7 @@ from glm4v_batch.engines.packed_graphs import RUNS_TO_RECORD, Graphs
 from glm4v_batch.engines.packed_positions import Positions
 from glm4v_batch.engines.packed_vision import MOST_IMAGES, VisionCall, vision_call
 from glm4v_batch.kv_pool import KVPool, make_pool
+from glm4v_batch.packed_limits import call_sizes
 from glm4v_batch.types import GridTHW
 
 _MOST_COMPILED = 64
@@ -171,17 +172,19 @@ class PackedModel:
 
     @torch.inference_mode()
     def record_vision(self, most_patches: int) -> None:
-        """Let calls of up to *most_patches* be graphs, the largest at once: no other one takes more memory.
+        """Have all calls of up to *most_patches* as graphs; what they take together, the largest takes alone.
 
+        A size that was recorded later would run once without its graph, in memory of its own.
         *most_patches* is one of the sizes that calls are filled up to. Raises torch.OutOfMemoryError.
         """
         if self._vision_graphs is None:
             return
         self._vision_graphs.forget()
         self._most_recorded = most_patches
-        image = torch.zeros(most_patches, self.patch_values, dtype=torch.uint8)
-        for _ in range(RUNS_TO_RECORD):
-            self.encode([image], [(1, self.merge_size, most_patches // self.merge_size)])
+        for size in call_sizes(most_patches):
+            image = torch.zeros(size, self.patch_values, dtype=torch.uint8)
+            for _ in range(RUNS_TO_RECORD):
+                self.encode([image], [(1, self.merge_size, size // self.merge_size)])
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeddings [T, D] of int64 *input_ids* [T]."""
@@ -241,7 +244,8 @@ class _WholeKernel(torch.nn.Module):
         self.bias: Any = convolution.bias
 
     def forward(self, values: Tensor) -> Tensor:
-        return torch.nn.functional.linear(values.flatten(1), self.weight.flatten(1), self.bias)
+        rows = values.flatten(1).to(self.weight.device)
+        return torch.nn.functional.linear(rows, self.weight.flatten(1), self.bias)
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:

@@ -3,7 +3,7 @@
 Transformers calls `grid_sample`, which took 3 ms of a GPU for each call of the tower, whatever its size.
 """
 
-# P patches, G rows of the square grid that was trained, D hidden size
+# P patches, S images, G rows of the square grid that was trained, D hidden size
 
 import math
 
@@ -31,8 +31,8 @@ class Positions(torch.nn.Module):
         image = (patch >= sizes.cumsum(0)[:, None]).sum(0)
         height, width = grids[image, 1], grids[image, 2]
         vertical, horizontal = cubic_weights(rows, height, num_rows), cubic_weights(columns, width, num_rows)
-        weights = (vertical[:, :, None] * horizontal[:, None, :]).flatten(1)
-        return hidden + (weights @ trained.float()).to(trained.dtype)
+        weights = (vertical[:, :, None] * horizontal[:, None, :]).flatten(1).to(trained.device)
+        return hidden + (weights @ trained.float()).to(hidden.device, hidden.dtype)
 
 
 def cubic_weights(places: Tensor, sizes: Tensor, num_points: int) -> Tensor:

@@ -20,8 +20,8 @@ from glm4v_batch.next_tokens import RowHistory, next_tokens
 NO_TOKEN = -1
 """Stands for a row that has no next token."""
 
-# With the one that takes what is filled up they are as many as the attention kernel has slots for anyway.
-_FEWEST_PIECES = 31
+# As many as the attention kernel has slots for anyway.
+_FEWEST_PIECES = 32
 _SHORT_PROMPT = 512
 _SHORT_STEP, _LONG_STEP = 64, 256
 
@@ -109,7 +109,7 @@ class StepSizes:
 
     def rounded_up(self) -> "StepSizes":
         """One of few sizes, so that few graphs serve all steps. A piece more takes what is filled up."""
-        num_pieces = max(_FEWEST_PIECES, (1 << self.num_pieces.bit_length()) - 1) if self.num_pieces else 0
+        num_pieces = max(_FEWEST_PIECES, 1 << self.num_pieces.bit_length()) if self.num_pieces else 0
         return StepSizes(num_pieces, rounded_prompt(self.num_prompt), self.num_rows)
 
 

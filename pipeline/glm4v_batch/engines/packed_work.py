@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from glm4v_batch.engines.packed_rows import Piece
@@ -19,7 +20,7 @@ class Work:
     positions        int64 [3, T], M-RoPE
     position_offset  what positions are ahead of the count of tokens once the prompt has ended
     image_places     int64 [F], ascending, which of the prompt's tokens stand for images
-    patches          uint8 [P, channels × patch²], of all images
+    patches          uint8 [P, channels × patch²], of all images; in pinned memory until they are encoded
     features         [F, D]; None before, after, and where there are no images
     num_launched     steps that write a token of the answer and were launched; *tokens* is behind
     """
@@ -66,6 +67,10 @@ class Work:
             num_before=begin,
             ends_prompt=end == self.request.prompt_tokens,
         )
+
+    def unpin(self) -> None:
+        """Keep the patches where the request has them: pinned memory is for those that wait."""
+        self.patches = torch.from_numpy(self.request.inputs.patches)
 
     def begin_anew(self) -> None:
         """Forget all that was done."""
