@@ -26,17 +26,18 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         _open_closed_streams()
         try:
-            return super().invoke(ctx)
+            # From the first import: what Ctrl-C raises there may come wrapped, or not at all.
+            with ended_by_signals():
+                return super().invoke(ctx)
         except Glm4vBatchError as error:
             _say(_told(error, ctx), err=True)
             ctx.exit(error.exit_code)
         except SignalledError as signalled:
             # What came once records were in hand ends the run by an outcome; this one came before or after.
-            _say(f"Interrupted. Resume with: {_resume_command(ctx)}", err=True)
+            # Which command would resume is known once a run has read its options.
+            resume = f" Resume with: {_resume_command(ctx)}" if _UNTIL in ctx.meta else ""
+            _say(f"Interrupted.{resume}", err=True)
             ctx.exit(128 + signalled.signal_number)
-        except KeyboardInterrupt:
-            _say("Interrupted.", err=True)
-            ctx.exit(130)
 
 
 def _told(error: Glm4vBatchError, ctx: click.Context) -> str:
@@ -198,10 +199,11 @@ def run(
     from glm4v_batch.output import locked
     from glm4v_batch.render import outcome_as_json, outcome_as_text
 
-    deadline = ctx.meta[_UNTIL] = None if until is None else read_deadline(until)
+    deadline = None if until is None else read_deadline(until)
+    ctx.meta[_UNTIL] = deadline
     job = read_job(job_file, overrides)
     # First of all that takes time, the other imports too: a second run is to be refused at once.
-    with ended_by_signals(), locked(Path(job.output.path)) as lock:
+    with locked(Path(job.output.path)) as lock:
         from glm4v_batch.executor import run_locked
         from glm4v_batch.plan import open_job
         from glm4v_batch.progress import Progress

@@ -5,7 +5,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -36,37 +37,54 @@ def let_the_next_one_end_it() -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Have a signal end what is done inside by SignalledError; only the main thread may call this."""
+    """Have a signal end what is done inside by SignalledError; only the main thread may call this.
+
+    What a handler raises may be dropped on its way: by Python in a callback, by C code that clears the
+    error of something that it only tried, as imports do. So an error that dies before it comes here has
+    its signal sent again, and one that comes wrapped in another counts as come.
+    """
+    underway: list[weakref.ref[SignalledError]] = []
 
     def end(number: int, _frame: FrameType | None) -> None:
         let_the_next_one_end_it()
         # What is left open in the middle of an import ends with the process.
         warnings.simplefilter("ignore", ResourceWarning)
-        raise SignalledError(number)
+        raise followed(SignalledError(number))
 
-    def again(dropped: SignalledError) -> None:
-        signal.signal(dropped.signal_number, end)
+    def followed(error: SignalledError) -> SignalledError:
+        # Not by *end* itself: its frame is in the traceback, and would keep the error alive.
+        number = error.signal_number
+        underway[:] = [weakref.ref(error, lambda _: again(number))]
+        return error
+
+    def again(number: int) -> None:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nobody has taken over meanwhile
+            signal.signal(number, end)
         # Not here, where an exception would be dropped again.
-        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), dropped.signal_number)).start()
+        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
 
     previous = {number: signal.signal(number, end) for number in heeded()}
     try:
-        with _told_what_python_drops(again):
+        with _silent_when_dropped():
             yield
+    except Exception as error:
+        signalled = underway[0]() if underway else None
+        if signalled is None:
+            raise
+        raise signalled from error
     finally:
+        underway.clear()  # a reference that is gone itself calls nobody
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def _told_what_python_drops(tell: Callable[[SignalledError], None]) -> Iterator[None]:
-    """Hand a SignalledError to *tell* that Python would print and drop: a callback may raise nothing."""
+def _silent_when_dropped() -> Iterator[None]:
+    """Have nothing printed of a SignalledError that Python drops: it comes again."""
     otherwise = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if isinstance(unraisable.exc_value, SignalledError):
-            tell(unraisable.exc_value)
-        else:
+        if not isinstance(unraisable.exc_value, SignalledError):
             otherwise(unraisable)
 
     sys.unraisablehook = hook

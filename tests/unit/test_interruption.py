@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 
@@ -42,6 +43,34 @@ def test_a_signal_whose_error_python_drops_in_a_callback_ends_it_all_the_same_an
 
     assert caught.value.signal_number == signal.SIGTERM
     assert capsys.readouterr().err == ""
+
+
+def test_a_signal_whose_error_is_swallowed_ends_it_all_the_same() -> None:
+    def import_something_that_swallows_errors() -> None:
+        with suppress(BaseException):
+            wait_for_ever(signal.SIGHUP)
+        wait_for_ever()
+
+    with pytest.raises(SignalledError) as caught, ended_by_signals():
+        import_something_that_swallows_errors()
+
+    assert caught.value.signal_number == signal.SIGHUP
+
+
+def test_a_signal_whose_error_comes_wrapped_in_another_ends_it_all_the_same() -> None:
+    class WaitsForEver:
+        def __set_name__(self, _owner: type, _name: str) -> None:
+            wait_for_ever(signal.SIGTERM)
+
+    with pytest.raises(SignalledError) as caught, ended_by_signals():
+        type("Owner", (), {"attribute": WaitsForEver()})
+
+    assert caught.value.signal_number == signal.SIGTERM
+
+
+def test_an_error_that_has_nothing_to_do_with_signals_stays_itself() -> None:
+    with pytest.raises(KeyError), ended_by_signals():
+        raise KeyError
 
 
 def test_handlers_are_what_they_were_afterwards() -> None:
