@@ -38,6 +38,8 @@ _PIECE_STEP = 64
 _REPORT_SECONDS = 1.0
 # Requests whose patches lie in pinned memory before they may wait; of the largest images 32 take half a GB.
 _MOST_AHEAD = 32
+# Among so many calls' patches there are small images to fill up a call with: a fiftieth of it stays empty.
+_CALLS_AHEAD = 4
 _CROWDED_FRACTION = 0.98
 # So many answers are taken to be as long as allowed, until real ones say how long they are.
 _GUESSED_ANSWERS = 4
@@ -136,7 +138,9 @@ class PackedEngine:
     def _may_wait(self) -> bool:
         """Whether another request may wait; patches wait in pinned memory, which is the host's."""
         num_patches = sum(work.request.visual_patches for work in self._waiting)
-        return len(self._waiting) < self._limits.max_rows and num_patches < 2 * self._limits.patches
+        return (
+            len(self._waiting) < self._limits.max_rows and num_patches < _CALLS_AHEAD * self._limits.patches
+        )
 
     def _prepare(self, item: Request | Failure) -> Work | Failure:
         """What can be done of *item* on the host, ahead of its turn."""
@@ -181,15 +185,18 @@ class PackedEngine:
     def _next_to_encode(self) -> list[Work]:
         """The works whose images come next, taken off the queue; none while prompts enough are ready."""
         ready = sum(work.num_left for work in (*self._encoded, *self._prefilling))
+        if not self._waiting or ready >= 2 * self._piece_tokens():
+            return []
+        # A call that is made at all is made full: small ones are slower by the image. The first in the queue
+        # goes first, so that none waits for ever, and smaller ones fill what the next in turn would not.
         chosen: list[Work] = []
+        others: deque[Work] = deque()
         num_patches = 0
-        # A call that is made at all is made full: small ones are slower by the image.
-        while self._waiting and (chosen or ready < 2 * self._piece_tokens()):
-            num_patches += self._waiting[0].request.visual_patches
-            if chosen and num_patches > self._limits.patches:
-                break
-            chosen.append(self._waiting.popleft())
-            ready += chosen[-1].num_left
+        for work in self._waiting:
+            fits = not chosen or num_patches + work.request.visual_patches <= self._limits.patches
+            (chosen if fits else others).append(work)
+            num_patches += work.request.visual_patches if fits else 0
+        self._waiting = others
         return chosen
 
     def _encode(self, works: Sequence[Work]) -> None:
