@@ -131,7 +131,7 @@ def packed_logits(
     rows._graphs = None
     seen: list[Tensor] = []
     logits = model.logits
-    model.logits = lambda hidden, places: _kept(seen, logits(hidden, places))  # type: ignore[method-assign]
+    model.logits = lambda hidden: _kept(seen, logits(hidden))  # type: ignore[method-assign]
     pieces = []
     for row, request in enumerate(batch):
         ids = torch.from_numpy(request.inputs.input_ids).long()
@@ -175,7 +175,7 @@ def check_kernel() -> bool:
     pieces = Sequences(ints(ends.tolist()), ints(starts[:4]), ints(counts[:4]))
     rows = Sequences(ints([0, 1, 2]), ints(starts[4:]), ints(counts[4:]))
     places = [s + c - n + i for s, c, n in zip(starts, counts, [*sizes, 1, 1], strict=True) for i in range(n)]
-    packing = Packing(torch.tensor(places, device="cuda"), int(ends[-1]), pieces, rows)
+    packing = Packing(torch.tensor(places, device="cuda"), int(ends[-1]), pieces, rows, rows)
     query, key, value = (random(len(places), n, width).bfloat16() for n in (heads, shared, shared))
     wide = InHand(pool[0].float(), pool[1].float(), packing)
     expected = attend(query.float(), key.float(), value.float(), wide, width**-0.5)

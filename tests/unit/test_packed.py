@@ -19,6 +19,7 @@ from glm4v_batch.engines.generate import GenerateEngine, Vocabulary
 from glm4v_batch.engines.packed import PackedEngine
 from glm4v_batch.engines.packed_graphs import Graphs
 from glm4v_batch.engines.packed_model import PackedModel
+from glm4v_batch.engines.packed_work import Work
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, prior_coefficients
 from glm4v_batch.packed_limits import PackedLimits
@@ -195,6 +196,27 @@ def test_draining_answers_what_decodes_and_drops_the_rest() -> None:
     assert len(rest) < FEW.max_rows + 1
 
 
+def test_the_last_layer_takes_one_token_of_each_row_and_no_more() -> None:
+    requests = sample("caption")[1][:20]
+    engine = packed_engine("caption", limits=FEW)
+    first, last = ([], [])  # type: tuple[list[int], list[int]]
+    for seen, layer in ((first, engine._model.layers[0]), (last, engine._model.layers[-1])):
+        layer.mlp.register_forward_hook(lambda _m, given, _o, seen=seen: seen.append(given[0].shape[1]))
+
+    assert texts(engine.run(iter(requests))) == texts(answers("caption", requests))
+    assert max(first) > 10 * FEW.max_rows
+    assert max(last) == FEW.max_rows
+
+
+def test_attention_of_other_parts_than_known_ones_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = sample("caption")[1][:20]
+    monkeypatch.setattr(packed_model, "is_known", lambda _attention: False)
+
+    assert texts(packed_engine("caption", limits=FEW).run(iter(requests))) == texts(
+        answers("caption", requests)
+    )
+
+
 def test_calls_of_the_vision_tower_are_full_while_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = sample("caption")[1][:40]
     sizes: list[int] = []
@@ -215,9 +237,29 @@ def test_calls_of_the_vision_tower_are_full_while_requests_wait(monkeypatch: pyt
     assert sum(size > LIMITS.patches - largest for size in sizes) >= len(sizes) - 3
 
 
+def test_a_call_begins_with_who_came_first_and_leaves_nobody_waiting_who_would_fit() -> None:
+    requests = sample("caption")[1][:40]
+    engine = packed_engine("caption", limits=LIMITS)
+    for request in requests:
+        work = engine._prepare(request)
+        assert isinstance(work, Work)
+        engine._waiting.append(work)
+        engine._answers.expect(request)
+    num_waiting = len(requests)
+
+    while chosen := engine._next_to_encode():
+        patches = [work.request.visual_patches for work in chosen]
+        assert chosen[0].request.row == min(work.request.row for work in (*chosen, *engine._waiting))
+        assert sum(patches) <= LIMITS.patches
+        assert all(sum(patches) + w.request.visual_patches > LIMITS.patches for w in engine._waiting)
+        num_waiting -= len(chosen)
+
+    assert num_waiting == len(engine._waiting) == 0
+
+
 def test_few_patches_wait_in_the_hosts_memory_however_many_requests_may_run() -> None:
     requests = sample("caption")[1][:60]
-    limits = replace(LIMITS, max_rows=64, patches=1024)
+    limits = replace(LIMITS, max_rows=64, patches=512)
     engine = packed_engine("caption", limits=limits)
     waiting: list[int] = []
 
@@ -225,8 +267,8 @@ def test_few_patches_wait_in_the_hosts_memory_however_many_requests_may_run() ->
         waiting.append(sum(work.request.visual_patches for work in engine._waiting))
 
     largest = max(request.visual_patches for request in requests)
-    assert 0 < max(waiting) < 2 * limits.patches + largest
-    assert sum(request.visual_patches for request in requests) > 4 * limits.patches
+    assert 0 < max(waiting) < 4 * limits.patches + largest
+    assert sum(request.visual_patches for request in requests) > 8 * limits.patches
 
 
 @pytest.mark.parametrize("num_pieces", [1, 4, 31, 32, 33, 63, 64])

@@ -9,7 +9,7 @@ by sequence, with the same results.
 # of the pool
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -54,20 +54,22 @@ class Sequences:
 class Packing:
     """What attention must know of one step: first *num_prompt* tokens of prompts, then one for each row.
 
-    writes  int64 [T], the place in the pool of each token's key and value
-    pieces  the pieces of prompts
-    rows    the rows that decode, of one token each
+    writes    int64 [T], the place in the pool of each token's key and value
+    pieces    the pieces of prompts
+    rows      the rows that decode, of one token each
+    speakers  of every row the token that its next one is chosen from: its own, or its prompt's last
     """
 
     writes: Tensor
     num_prompt: int
     pieces: Sequences
     rows: Sequences
+    speakers: Sequences
 
     def to(self, device: torch.device) -> "Packing":
         """The same on *device*."""
-        writes = self.writes.to(device, non_blocking=True)
-        return replace(self, writes=writes, pieces=self.pieces.to(device), rows=self.rows.to(device))
+        pieces, rows, speakers = (part.to(device) for part in (self.pieces, self.rows, self.speakers))
+        return Packing(self.writes.to(device, non_blocking=True), self.num_prompt, pieces, rows, speakers)
 
 
 @cache
@@ -118,9 +120,8 @@ def _text_attention(
 
 def attend(query: Tensor, key: Tensor, value: Tensor, in_hand: InHand, scaling: float) -> Tensor:
     """Write *key* and *value* [T, K, D] to the pool, and attend there with *query* [T, H, D]."""
+    write(key, value, in_hand)
     keys, values, packing = in_hand.keys, in_hand.values, in_hand.packing
-    keys.index_copy_(0, packing.writes, key)
-    values.index_copy_(0, packing.writes, value)
     num_prompt = packing.num_prompt
     answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     is_mixed = 0 < num_prompt < len(query)
@@ -134,6 +135,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, in_hand: InHand, scaling: 
     if beside:
         torch.cuda.current_stream(query.device).wait_stream(beside)
     return answer
+
+
+def write(key: Tensor, value: Tensor, in_hand: InHand) -> None:
+    """Write *key* and *value* [T, K, D] to their places in the pool."""
+    in_hand.keys.index_copy_(0, in_hand.packing.writes, key)
+    in_hand.values.index_copy_(0, in_hand.packing.writes, value)
 
 
 def _forked(query: Tensor) -> torch.cuda.Stream | None:

@@ -20,6 +20,7 @@ from glm4v_batch.engines.packed_attention import (
     register,
 )
 from glm4v_batch.engines.packed_graphs import RUNS_TO_RECORD, Graphs
+from glm4v_batch.engines.packed_last_layer import is_known, run_last_layer
 from glm4v_batch.engines.packed_positions import Positions
 from glm4v_batch.engines.packed_vision import MOST_IMAGES, VisionCall, vision_call
 from glm4v_batch.kv_pool import KVPool, make_pool
@@ -191,23 +192,37 @@ class PackedModel:
         embeds: Tensor = self._text.embed_tokens(input_ids)
         return embeds
 
-    def forward(self, embeds: Tensor, positions: Tensor, packing: Packing, pool: KVPool) -> Tensor:
-        """Hidden states [T, D] after the last layer, of *embeds* [T, D] at int64 *positions* [3, T]."""
+    def forward(
+        self, embeds: Tensor, positions: Tensor, packing: Packing, last: Tensor, pool: KVPool
+    ) -> Tensor:
+        """Hidden states [R, D] after the last layer: of *embeds* [T, D] those at the int64 *last* [R].
+
+        *positions* is int64 [3, T].
+        """
         hidden = embeds[None]
         rotary = self._text.rotary_emb(hidden, position_ids=positions[:, None])
         stage = _Stage(hidden, rotary, packing)
         for layer, keys, values in zip(self.layers, pool.keys, pool.values, strict=True):
             if stage.hidden.device != keys.device:
                 stage = stage.to(keys.device)
-            _give(layer.self_attn, keys, values, stage.packing)
+            in_hand = _given(layer.self_attn, keys, values, stage.packing)
+            if layer is self.layers[-1]:
+                return self._ended(stage, in_hand, last.to(keys.device, non_blocking=True))
             hidden = layer(stage.hidden, position_embeddings=stage.rotary, attention_mask=None)
             stage = replace(stage, hidden=hidden)
-        return stage.hidden[0]
+        raise AssertionError("a decoder has layers")
 
-    def logits(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """Logits [R, vocabulary], where tokens are embedded, of *hidden* [T, D] at the int64 *places* [R]."""
-        chosen = hidden[places.to(hidden.device, non_blocking=True)]
-        normed = self._text.norm(chosen.to(_device_of(self._text.norm)))
+    def _ended(self, stage: _Stage, in_hand: InHand, last: Tensor) -> Tensor:
+        """Hidden states [R, D] after the last layer of the tokens *last*."""
+        layer = self.layers[-1]
+        if is_known(layer.self_attn):
+            return run_last_layer(layer, stage.hidden, stage.rotary, in_hand, last)[0]
+        hidden: Tensor = layer(stage.hidden, position_embeddings=stage.rotary, attention_mask=None)
+        return hidden[0, last]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, vocabulary] of *hidden* [R, D], where tokens are embedded."""
+        normed = self._text.norm(hidden.to(_device_of(self._text.norm)))
         logits: Tensor = self._head(normed.to(_device_of(self._head)))
         return logits.to(self.device)
 
@@ -225,14 +240,14 @@ class PackedModel:
         shutdown_compile_workers()
 
 
-def _give(attention: Any, keys: Tensor, values: Tensor, packing: Packing) -> None:
-    """Let *attention* find there what it works with."""
-    in_hand = getattr(attention, "in_hand", None)
+def _given(attention: Any, keys: Tensor, values: Tensor, packing: Packing) -> InHand:
+    """What *attention* works with, where it finds it."""
+    in_hand: InHand | None = getattr(attention, "in_hand", None)
     if in_hand is None:
-        attention.in_hand = InHand(keys, values, packing)
-    else:
-        # Not another object: compiled code looks whether a module's attributes are what they were.
-        in_hand.keys, in_hand.values, in_hand.packing = keys, values, packing
+        in_hand = attention.in_hand = InHand(keys, values, packing)
+    # Not another object: compiled code looks whether a module's attributes are what they were.
+    in_hand.keys, in_hand.values, in_hand.packing = keys, values, packing
+    return in_hand
 
 
 class _WholeKernel(torch.nn.Module):

@@ -87,7 +87,7 @@ class Step:
         packing = self.packing
         sequences = [
             tensor
-            for part in (packing.pieces, packing.rows)
+            for part in (packing.pieces, packing.rows, packing.speakers)
             for tensor in (part.ends, part.key_starts, part.key_counts)
         ]
         return [self.embeds, self.positions, packing.writes, self.last, *sequences]
@@ -95,8 +95,8 @@ class Step:
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Step":
         """The same step, of other tensors in that order."""
         embeds, positions, writes, last, *sequences = tensors
-        pieces, rows = Sequences(*sequences[:3]), Sequences(*sequences[3:])
-        return Step(embeds, positions, Packing(writes, self.packing.num_prompt, pieces, rows), last)
+        parts = [Sequences(*sequences[begin : begin + 3]) for begin in (0, 3, 6)]
+        return Step(embeds, positions, Packing(writes, self.packing.num_prompt, *parts), last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,17 +225,24 @@ class DecodeRows:
         # What does not live writes behind the pool, and reads itself there.
         row_keys = torch.where(is_live, start, scratch)
         row_sizes = torch.where(is_live, index + 1, 1)
+        # Where a prompt ends the row has as many tokens as the prompt: its last one speaks.
+        is_fresh = numbers.is_fresh.bool()
+        heard_keys = torch.where(is_fresh, start, row_keys)
+        heard_sizes = torch.where(is_fresh, index, row_sizes)
         begins, key_starts, key_counts = numbers.pieces.view(3, -1).int()
+        ends = self._ends[: num_rows + 1]
         return Packing(
             writes=torch.cat([numbers.writes, row_keys + row_sizes - 1]),
             num_prompt=len(numbers.input_ids),
             pieces=Sequences(begins, key_starts[:-1], key_counts[:-1]),
-            rows=Sequences(self._ends[: num_rows + 1], row_keys.int(), row_sizes.int()),
+            rows=Sequences(ends, row_keys.int(), row_sizes.int()),
+            speakers=Sequences(ends, heard_keys.int(), heard_sizes.int()),
         )
 
     def _tokens_of(self, step: Step) -> Tensor:
-        hidden = self._model.forward(step.embeds, step.positions, step.packing, self._pool)
-        return self._choose(self._model.logits(hidden, step.last), len(step.last))
+        model = self._model
+        hidden = model.forward(step.embeds, step.positions, step.packing, step.last, self._pool)
+        return self._choose(model.logits(hidden), len(step.last))
 
     def _choose(self, logits_RV: Tensor, num_rows: int) -> Tensor:
         seen = None if self._seen is None else self._seen[:num_rows]
