@@ -6,7 +6,6 @@ a recent one's arithmetic than the flash attention that torch ships, and it writ
 
 # T packed tokens, S sequences, H query heads, K key-value heads, D head_dim, P tokens of the pool
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,6 +20,11 @@ _LOG2_E = 1.4426950408889634
 # The matrix units take no fewer rows.
 _FEWEST_ROWS = 16
 _MOST_STAGES = 3
+# What one program has in hand at a time: of pieces so many queries, and so many keys.
+_PIECE_ROWS = _BLOCK_KEYS = 64
+# Some four on each multiprocessor of a large GPU.
+_ENOUGH_PROGRAMS = 512
+_MOST_SPLITS = 16
 # Each number of slots is a kernel of its own.
 _FEWEST_SLOTS = 32
 
@@ -39,72 +43,66 @@ def attend_pieces(
 
     Nothing is read of the pool beyond each sequence's own keys. A query that sees no key finds zeros.
     """
-    num_tokens, num_heads = query.shape[:2]
-    shape = _Shape(rows=64, keys=64, is_causal=is_causal, are_heads_rows=False)
+    num_tokens, num_heads, width = query.shape
+    num_sequences = len(sequences.key_counts)
     # Each sequence may end within a block.
-    most_blocks = triton.cdiv(num_tokens, shape.rows) + len(sequences.key_counts)
-    _launch((most_blocks, num_heads), answer, query, keys, values, sequences, scaling, shape)
+    most_blocks = triton.cdiv(num_tokens, _PIECE_ROWS) + num_sequences
+    # Triton launches on the device that is current, which is the first where a model lies on several.
+    with torch.cuda.device_of(query):
+        _attend[most_blocks, num_heads](
+            query, keys, values, answer,
+            sequences.ends, sequences.key_starts, sequences.key_counts, num_sequences, scaling * _LOG2_E,
+            *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
+            GROUP=num_heads // keys.shape[1], WIDTH=width, ROWS=_PIECE_ROWS, KEYS=_BLOCK_KEYS,
+            IS_CAUSAL=is_causal, SLOTS=max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences)),
+            num_warps=4, num_stages=_num_stages(query.device, width, _PIECE_ROWS),
+        )  # fmt: skip
 
 
 def attend_rows(
     answer: Tensor, query: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, scaling: float
 ) -> None:
-    """As `attend_pieces`, for sequences of one query each: heads that share keys read them once, together."""
+    """As `attend_pieces`, for sequences of one query each: heads that share keys read them once, together.
+
+    Few rows would leave most of the GPU idle: several programs share a row's keys then, and what they
+    found is joined (Dao et al. 2023, "Flash-Decoding").
+    """
+    num_rows, num_heads, width = query.shape
     num_key_heads = keys.shape[1]
-    rows = max(_FEWEST_ROWS, triton.next_power_of_2(query.shape[1] // num_key_heads))
-    shape = _Shape(rows=rows, keys=64, is_causal=False, are_heads_rows=True)
-    grid = (len(sequences.key_counts), num_key_heads)
-    _launch(grid, answer, query, keys, values, sequences, scaling, shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """The block of queries and of keys that one program has in hand at a time."""
-
-    rows: int
-    keys: int
-    is_causal: bool
-    are_heads_rows: bool
-
-
-def _launch(
-    grid: tuple[int, int],
-    answer: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sequences: Sequences,
-    scaling: float,
-    shape: _Shape,
-) -> None:
-    width, num_sequences = query.shape[2], len(sequences.key_counts)
-    # Triton launches on the device that is current, which is the first where a model lies on several.
+    group = num_heads // num_key_heads
+    rows = max(_FEWEST_ROWS, triton.next_power_of_2(group))
+    num_splits = _num_splits(num_rows * num_key_heads)
+    # Of one program alone nothing is joined.
+    size = num_rows * num_heads * num_splits if num_splits > 1 else 0
+    founds = torch.empty(size * width, dtype=torch.float32, device=query.device)
+    sums = torch.empty(size * 2, dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
-        _attend[grid](
-            query, keys, values, answer,
-            sequences.ends, sequences.key_starts, sequences.key_counts, num_sequences, scaling * _LOG2_E,
+        _attend_rows[num_rows, num_key_heads, num_splits](
+            query, keys, values, answer, founds, sums,
+            sequences.key_starts, sequences.key_counts, scaling * _LOG2_E,
             *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
-            GROUP=query.shape[1] // keys.shape[1], WIDTH=width, ROWS=shape.rows, KEYS=shape.keys,
-            IS_CAUSAL=shape.is_causal, ARE_HEADS_ROWS=shape.are_heads_rows,
-            SLOTS=_num_slots(num_sequences, shape),
-            num_warps=4, num_stages=_num_stages(query.device, width, shape.rows, shape.keys),
+            GROUP=group, WIDTH=width, ROWS=rows, KEYS=_BLOCK_KEYS, SPLITS=num_splits,
+            num_warps=4, num_stages=_num_stages(query.device, width, rows),
         )  # fmt: skip
+        if num_splits > 1:
+            _join[num_rows, num_heads](
+                founds, sums, answer, *answer.stride()[:2], WIDTH=width, SPLITS=num_splits, num_warps=1
+            )
 
 
-def _num_slots(num_sequences: int, shape: _Shape) -> int:
-    # Where heads are the rows nothing looks for a sequence.
-    return (
-        _FEWEST_SLOTS if shape.are_heads_rows else max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences))
-    )
+def _num_splits(num_programs: int) -> int:
+    """Among how many programs the keys of each of *num_programs* are shared, a power of two."""
+    splits: int = triton.next_power_of_2(max(1, min(_MOST_SPLITS, _ENOUGH_PROGRAMS // num_programs)))
+    return splits
 
 
 @cache
-def _num_stages(device: torch.device, width: int, rows: int, keys: int) -> int:
+def _num_stages(device: torch.device, width: int, rows: int) -> int:
     """How many blocks of keys and values are under way at once: what the device's shared memory holds."""
     properties: Any = torch.cuda.get_device_properties(device)
     room = int(properties.shared_memory_per_block_optin)
     value_bytes = 2
-    block_bytes = 2 * keys * width * value_bytes
+    block_bytes = 2 * _BLOCK_KEYS * width * value_bytes
     return max(1, min(_MOST_STAGES, (room - rows * width * value_bytes) // block_bytes))
 
 
@@ -113,57 +111,95 @@ def _attend(
     query, keys, values, answer, ends, key_starts, key_counts, num_sequences, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, answer_token, answer_head,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, ARE_HEADS_ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    if ARE_HEADS_ROWS:
-        block, sequence = 0, tl.program_id(0)
-    else:
-        block, sequence = _find(tl.program_id(0), ends, num_sequences, ROWS, SLOTS)
+    block, sequence = _find(tl.program_id(0), ends, num_sequences, ROWS, SLOTS)
     if sequence >= num_sequences:
         return
     first = tl.load(ends + sequence)
     size = tl.load(ends + sequence + 1) - first
     count = tl.load(key_counts + sequence)
     row = block * ROWS + tl.arange(0, ROWS)
-    if ARE_HEADS_ROWS:
-        key_head_place = head
-        is_row = (row < GROUP) & (size > 0)
-        token = tl.zeros([ROWS], tl.int64) + first
-        row_head = head * GROUP + row
-    else:
-        key_head_place = head // GROUP
-        is_row = row < size
-        token = (first + row).to(tl.int64)
-        row_head = tl.zeros([ROWS], tl.int32) + head
-    if block * ROWS < size:
-        lane = tl.arange(0, WIDTH)
-        start = tl.load(key_starts + sequence).to(tl.int64)
-        keys += start * key_token + key_head_place * key_head
-        values += start * value_token + key_head_place * value_head
-        at_query = token * query_token + row_head * query_head
-        q = tl.load(query + at_query[:, None] + lane[None, :], mask=is_row[:, None], other=0.0)
-        highest = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        found = tl.zeros([ROWS, WIDTH], tl.float32)
-        # A query sees its own token's key and those before; the last query's is the last key.
-        last_key = tl.zeros([ROWS], tl.int32) + count - 1
-        if IS_CAUSAL:
-            last_key = count - size + row
-        seen = tl.minimum(count, tl.max(last_key) + 1)
-        seen_by_all = tl.maximum(0, tl.minimum(count, tl.min(last_key) + 1)) // KEYS * KEYS
-        found, total, highest = _look(
-            q, found, total, highest, keys, values, key_token, value_token,
-            0, seen_by_all, last_key, count, scale, lane, KEYS, False,
-        )  # fmt: skip
-        found, total, highest = _look(
-            q, found, total, highest, keys, values, key_token, value_token,
-            seen_by_all, seen, last_key, count, scale, lane, KEYS, True,
-        )  # fmt: skip
+    is_row = row < size
+    token = (first + row).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    start = tl.load(key_starts + sequence).to(tl.int64)
+    keys += start * key_token + head // GROUP * key_head
+    values += start * value_token + head // GROUP * value_head
+    at_query = token * query_token + head * query_head
+    q = tl.load(query + at_query[:, None] + lane[None, :], mask=is_row[:, None], other=0.0)
+    # A query sees its own token's key and those before; the last query's is the last key.
+    last_key = tl.zeros([ROWS], tl.int32) + count - 1
+    if IS_CAUSAL:
+        last_key = count - size + row
+    seen = tl.minimum(count, tl.max(last_key) + 1)
+    seen_by_all = tl.maximum(0, tl.minimum(count, tl.min(last_key) + 1)) // KEYS * KEYS
+    found, total, _ = _look_from_to(
+        q, keys, values, key_token, value_token, 0, seen_by_all, seen, last_key, count, scale,
+        lane, WIDTH, ROWS, KEYS,
+    )  # fmt: skip
+    found = found / tl.where(total > 0, total, 1.0)[:, None]
+    to = answer + (token * answer_token + head * answer_head)[:, None] + lane[None, :]
+    tl.store(to, found.to(answer.dtype.element_ty), mask=is_row[:, None])
+
+
+@triton.jit
+def _attend_rows(
+    query, keys, values, answer, founds, sums, key_starts, key_counts, scale,
+    query_token, query_head, key_token, key_head, value_token, value_head, answer_token, answer_head,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One row's query, its heads side by side, and of its keys the share of this program."""
+    token = tl.program_id(0).to(tl.int64)
+    key_head_place, split = tl.program_id(1), tl.program_id(2)
+    row = tl.arange(0, ROWS)
+    is_row = row < GROUP
+    head = key_head_place * GROUP + row
+    lane = tl.arange(0, WIDTH)
+    count = tl.load(key_counts + token)
+    start = tl.load(key_starts + token).to(tl.int64)
+    keys += start * key_token + key_head_place * key_head
+    values += start * value_token + key_head_place * value_head
+    at_query = token * query_token + head * query_head
+    q = tl.load(query + at_query[:, None] + lane[None, :], mask=is_row[:, None], other=0.0)
+    # Whole blocks, so that only the last one of all has keys that are not the row's.
+    share = tl.cdiv(tl.cdiv(count, KEYS), SPLITS) * KEYS
+    begin = tl.minimum(split * share, count)
+    end = tl.minimum(begin + share, count)
+    whole = begin + (end - begin) // KEYS * KEYS
+    last_key = tl.zeros([ROWS], tl.int32) + count - 1
+    found, total, highest = _look_from_to(
+        q, keys, values, key_token, value_token, begin, whole, end, last_key, count, scale,
+        lane, WIDTH, ROWS, KEYS,
+    )  # fmt: skip
+    if SPLITS == 1:
         found = found / tl.where(total > 0, total, 1.0)[:, None]
-        at_answer = token * answer_token + row_head * answer_head
-        to = answer + at_answer[:, None] + lane[None, :]
+        to = answer + (token * answer_token + head * answer_head)[:, None] + lane[None, :]
         tl.store(to, found.to(answer.dtype.element_ty), mask=is_row[:, None])
+    else:
+        num_heads = tl.num_programs(1) * GROUP
+        place = (token * num_heads + head) * SPLITS + split
+        tl.store(founds + place[:, None] * WIDTH + lane[None, :], found, mask=is_row[:, None])
+        tl.store(sums + 2 * place, total, mask=is_row)
+        tl.store(sums + 2 * place + 1, highest, mask=is_row)
+
+
+@triton.jit
+def _join(founds, sums, answer, answer_token, answer_head, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+    """Of one row and head what all programs found, by the highest score that any of them saw."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, WIDTH)
+    place = (token * tl.num_programs(1) + head) * SPLITS + tl.arange(0, SPLITS)
+    total, highest = tl.load(sums + 2 * place), tl.load(sums + 2 * place + 1)
+    # Not -inf, whose difference from itself is no number where no program saw a key.
+    top = tl.maximum(tl.max(highest, 0), -1.0e30)
+    fade = tl.exp2(highest - top)
+    found = tl.load(founds + place[:, None] * WIDTH + lane[None, :])
+    whole, total = tl.sum(found * fade[:, None], 0), tl.sum(total * fade, 0)
+    to = answer + token * answer_token + head * answer_head + lane
+    tl.store(to, (whole / tl.where(total > 0, total, 1.0)).to(answer.dtype.element_ty))
 
 
 @triton.jit
@@ -176,6 +212,29 @@ def _find(place, ends, num_sequences, ROWS: tl.constexpr, SLOTS: tl.constexpr):
     is_before = (upto <= place) & is_slot
     before = tl.max(tl.where(is_before, upto, 0), 0)
     return place - before, tl.sum(is_before.to(tl.int32), 0)
+
+
+@triton.jit
+def _look_from_to(
+    q, keys, values, key_token, value_token, begin, whole, end, last_key, count, scale,
+    lane, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """What *q* finds from *begin* to *end*: to *whole* in blocks that all of it sees, then in masked ones.
+
+    Returns the sum of values, that of their weights, and the highest score.
+    """
+    found = tl.zeros([ROWS, WIDTH], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    found, total, highest = _look(
+        q, found, total, highest, keys, values, key_token, value_token,
+        begin, whole, last_key, count, scale, lane, KEYS, False,
+    )  # fmt: skip
+    found, total, highest = _look(
+        q, found, total, highest, keys, values, key_token, value_token,
+        whole, end, last_key, count, scale, lane, KEYS, True,
+    )  # fmt: skip
+    return found, total, highest
 
 
 @triton.jit
