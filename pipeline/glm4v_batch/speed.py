@@ -154,22 +154,40 @@ def _patch_weights(vision: Mapping[str, Any], text: Mapping[str, Any]) -> float:
 class _Speed:
     """Seconds per feature, and what batches look like.
 
-    *padding* is padded over true prompt tokens, *answered* the part of max_new_tokens that is written.
+    *padding* is padded over true prompt tokens, *answered* the part of max_new_tokens that is written,
+    and *rows* how many answers grow at once; None where batches are run one by one.
     """
 
     seconds: FloatArray
     padding: float = _GUESSED_PADDING
     answered: float = 1.0
+    rows: float | None = None
 
 
 def _learn(runs: Sequence[BatchRun], prior: FloatArray) -> _Speed:
     padded_tokens = sum(run.shape.padded_tokens for run in runs)
-    most_written = sum(run.shape.kv_tokens - run.shape.padded_tokens for run in runs)
+    asked_tokens = sum(map(_asked_tokens, runs))
+    flowing = [run for run in runs if run.asked_tokens is not None]
     return _Speed(
         seconds=_fit(runs, prior),
         padding=padded_tokens / max(1, sum(run.prompt_tokens for run in runs)),
-        answered=sum(run.completion_tokens for run in runs) / max(1, most_written),
+        # Until the first answers have ended they are taken to be as long as allowed.
+        answered=sum(run.completion_tokens for run in runs) / asked_tokens if asked_tokens else 1.0,
+        rows=sum(map(_room_tokens, flowing)) / sum(map(_num_steps, flowing)) if flowing else None,
     )
+
+
+def _room_tokens(run: BatchRun) -> int:
+    """What the KV cache had room for beside the prompts."""
+    return run.shape.kv_tokens - run.shape.padded_tokens
+
+
+def _num_steps(run: BatchRun) -> float:
+    return _room_tokens(run) / run.shape.batch_size
+
+
+def _asked_tokens(run: BatchRun) -> int:
+    return _room_tokens(run) if run.asked_tokens is None else run.asked_tokens
 
 
 def _fit(runs: Sequence[BatchRun], prior: FloatArray) -> FloatArray:
@@ -205,10 +223,10 @@ def _features(runs: Sequence[BatchRun]) -> FloatArray:
         [
             (
                 # All that the batch may have decoded: how early it stopped is the coefficient's.
-                (run.shape.kv_tokens - run.shape.padded_tokens) / run.shape.batch_size,
+                _num_steps(run),
                 run.shape.visual_patches,
                 run.shape.padded_tokens,
-                run.completion_tokens,
+                run.completion_tokens if run.asked_tokens is None else _room_tokens(run),
             )
             for run in runs
         ],
@@ -242,7 +260,8 @@ def _seconds_per_request(ahead: WorkAhead, speed: _Speed) -> list[FloatArray]:
     def seconds(size: RequestSize) -> float:
         written = size.new_tokens * speed.answered
         padded = size.prompt_tokens * speed.padding
-        features = (size.new_tokens * steps_share, size.visual_patches, padded, written)
+        steps = size.new_tokens * steps_share if speed.rows is None else written / speed.rows
+        features = (steps, size.visual_patches, padded, written)
         return float(np.dot(features, speed.seconds))
 
     return [np.array([seconds(size) for size in place]) for place in ahead.survey.places]

@@ -162,6 +162,9 @@ class BatchRun:
     """What running one batch took: a line of `batches.jsonl`.
 
     *phase_seconds* says where the time went, as far as the engine knows; phases that overlap add up to more.
+    Where batches flow into each other a line is a stretch of time: its shape has the mean of rows that
+    decoded at once, and *asked_tokens* is what the answers that ended in it might have had at most. It is
+    None where a line is a batch, whose shape says that too.
     """
 
     shape: BatchShape
@@ -175,6 +178,7 @@ class BatchRun:
     reserved_bytes: tuple[int, ...] = ()
     replica: int = 0
     phase_seconds: Mapping[Phase, float] = field(default_factory=dict)
+    asked_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

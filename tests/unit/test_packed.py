@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from glm4v_batch.activations import packed_coefficients
-from glm4v_batch.engines import packed_model, packed_rows
+from glm4v_batch.engines import packed, packed_model, packed_rows
 from glm4v_batch.engines.generate import GenerateEngine, Vocabulary
 from glm4v_batch.engines.packed import PackedEngine
 from glm4v_batch.engines.packed_graphs import Graphs
@@ -34,6 +34,7 @@ MIB = 1024**2
 
 # A small model of any family.
 IMAGE, END = 190, (1, 2, 7, 11, 13)
+SMALL = GenerationSettings(max_new_tokens=24)
 
 
 @pytest.mark.parametrize("name", ["caption", "question"])
@@ -72,25 +73,15 @@ def test_a_text_does_not_depend_on_neighbours_or_on_how_prompts_are_cut() -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_writes_what_its_generate_writes_with_four_rows_for_forty(family: str) -> None:
     requests, vocabulary = list(small_requests(40)), small_vocabulary()
-    settings = GenerationSettings(max_new_tokens=24)
     model = random_model(family)
-    config = model.config.to_dict()
     meter = CpuMeter(0, ENDLESS)
-    memory = MemoryModel((0,), [prior_coefficients(config, 4)])
+    memory = MemoryModel((0,), [prior_coefficients(model.config.to_dict(), 4)])
     expected = ends(
-        GenerateEngine(model, vocabulary, settings, memory, meter, memory_fraction=1.0).run(requests)
+        GenerateEngine(model, vocabulary, SMALL, memory, meter, memory_fraction=1.0).run(requests)
     )
 
-    engine = PackedEngine(
-        PackedModel(model, torch.from_numpy(vocabulary.normalisation), 2),
-        vocabulary,
-        settings,
-        PackedLimits(max_rows=4, pool_tokens=300, piece_tokens=64, patches=64),
-        meter,
-        [packed_coefficients(config, 4)],
-        memory_fraction=1.0,
-    )
-    found = ends(engine.run(requests))
+    limits = PackedLimits(max_rows=4, pool_tokens=300, piece_tokens=64, patches=64)
+    found = ends(small_engine(model, vocabulary, limits).run(requests))
 
     assert found == expected
     assert {reason for _, reason in found.values()} == {"stop", "length"}
@@ -257,6 +248,27 @@ def test_a_call_begins_with_who_came_first_and_leaves_nobody_waiting_who_would_f
     assert num_waiting == len(engine._waiting) == 0
 
 
+def test_lines_count_the_rows_that_decode_and_what_their_answers_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed, "_REPORT_SECONDS", 0.05)
+    requests, vocabulary = list(small_requests(40)), small_vocabulary()
+    limits = PackedLimits(max_rows=4, pool_tokens=300, piece_tokens=64, patches=64)
+
+    events = list(small_engine(random_model("glm4v"), vocabulary, limits).run(requests))
+
+    lines = [event for event in events if isinstance(event, BatchRun)]
+    answers = [event for event in events if isinstance(event, Completion)]
+    assert len(answers) == 40
+    assert len(lines) > 3
+    assert sum(line.asked_tokens or 0 for line in lines) == sum(r.max_new_tokens for r in requests)
+    assert sum(line.completion_tokens for line in lines) == sum(a.completion_tokens for a in answers)
+    assert all(1 <= line.shape.batch_size <= 4 for line in lines)
+    # The prompt's own step writes each answer's first token; a row is one step late to learn of its end.
+    written = sum(line.shape.kv_tokens - line.shape.padded_tokens for line in lines)
+    assert written == pytest.approx(sum(a.completion_tokens for a in answers), rel=0.15)
+
+
 def test_few_patches_wait_in_the_hosts_memory_however_many_requests_may_run() -> None:
     requests = sample("caption")[1][:60]
     limits = replace(LIMITS, max_rows=64, patches=512)
@@ -332,6 +344,18 @@ def random_model(family: str) -> Any:
 def small_vocabulary() -> Vocabulary:
     table = np.linspace(-2, 2, 256, dtype=np.float32)[None].repeat(3, axis=0)
     return Vocabulary(IMAGE, END, lambda ids: " ".join(map(str, ids)), table, temporal_patch_size=2)
+
+
+def small_engine(model: Any, vocabulary: Vocabulary, limits: PackedLimits) -> PackedEngine:
+    return PackedEngine(
+        PackedModel(model, torch.from_numpy(vocabulary.normalisation), 2),
+        vocabulary,
+        SMALL,
+        limits,
+        CpuMeter(0, ENDLESS),
+        [packed_coefficients(model.config.to_dict(), 4)],
+        memory_fraction=1.0,
+    )
 
 
 def small_requests(count: int) -> Iterator[Request]:

@@ -344,3 +344,54 @@ def test_a_cpu_is_guessed_to_be_much_slower() -> None:
 
     assert on_cpu is not None
     assert on_cpu.seconds > 100 * estimated(AHEAD).seconds
+
+
+def flowing_runs(num_requests: int, num_rows: int, truth: Any) -> tuple[list[BatchRun], float]:
+    """Lines of a second each of an engine whose answers come and go, *num_rows* at once; and its seconds."""
+    rng = np.random.default_rng(0)
+    answers = list(np.clip(rng.lognormal(np.log(40), 0.5, num_requests), 1, NEW_TOKENS).astype(int))
+    live: list[list[int]] = []
+    runs: list[BatchRun] = []
+    seconds = total = 0.0
+    steps = written = prompts = ended = asked = 0
+    while answers or live:
+        if answers and len(live) < num_rows:
+            live.append([0, int(answers.pop())])
+            prompts += 1
+            seconds += float(truth @ (0, 3996, 1041, 0))
+        seconds += float(truth @ (1, 0, 0, len(live)))
+        steps, written = steps + 1, written + len(live)
+        for row in live:
+            row[0] += 1
+        ended += sum(row[1] for row in live if row[0] == row[1])
+        asked += NEW_TOKENS * sum(row[0] == row[1] for row in live)
+        live = [row for row in live if row[0] < row[1]]
+        if seconds >= 1 or not (answers or live):
+            size, padded = max(1, round(written / steps)), prompts * 1041
+            shape = BatchShape(size, padded, prompts * 3996, padded + steps * size, 0)
+            run = BatchRun(shape, (), (), (), False, seconds, padded, ended, asked_tokens=asked)
+            runs.append(run)
+            total += seconds
+            seconds, steps, written, prompts, ended, asked = 0.0, 0, 0, 0, 0, 0
+    return runs, total
+
+
+def test_answers_that_flow_are_judged_by_the_rows_that_decode_and_by_how_long_they_become() -> None:
+    truth = PRIOR * np.array([0.3, 0.4, 0.2, 0.5])
+    runs, seconds = flowing_runs(600, 24, truth)
+
+    # More rows are planned for than there ever were, and answers may be three times as long as they are.
+    found = estimated(WorkAhead(sampled(EQUAL), 600, 100), runs)
+
+    assert found.low_seconds < seconds < found.high_seconds
+    assert found.seconds == pytest.approx(seconds, rel=0.1)
+
+
+def test_before_the_first_answer_has_ended_all_are_taken_to_be_as_long_as_allowed() -> None:
+    truth = PRIOR * np.array([0.3, 0.4, 0.2, 0.5])
+    runs, seconds = flowing_runs(600, 24, truth)
+    first = [replace(run, asked_tokens=0, completion_tokens=0) for run in runs[:3]]
+
+    found = estimated(WorkAhead(sampled(EQUAL), 600, 24), first)
+
+    assert seconds < found.seconds < 4 * seconds

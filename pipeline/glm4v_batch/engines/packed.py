@@ -257,10 +257,12 @@ class PackedEngine:
         prefill = num_prompt / (num_prompt + num_rows)
         with self._stopwatch.time({"prefill": prefill, "decode": 1 - prefill}):
             tokens, sample = self._measured(lambda: self._enter_and_step(in_hand, num_rows), shape)
-        self._tally.add_step(sample, self._meter.reserved_bytes(), num_prompt if tokens is not None else 0)
         if tokens is None:
+            self._tally.add_step(sample, self._meter.reserved_bytes(), 0, 0)
             self._expect_less_of_steps(num_prompt)
             return False
+        num_decoding = sum(work.decodes for work in filter(None, self._by_row))
+        self._tally.add_step(sample, self._meter.reserved_bytes(), num_prompt, num_decoding)
         self._note_launched(pieces)
         self._launched.append(_Arriving(tokens))
         return True
@@ -354,6 +356,7 @@ class PackedEngine:
         request = work.request
         self._answers.add(len(work.tokens))
         self._tally.completion_tokens += len(work.tokens)
+        self._tally.asked_tokens += request.max_new_tokens
         return Completion(
             record_id=request.record_id,
             chunk_id=request.chunk_id,

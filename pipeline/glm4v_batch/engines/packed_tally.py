@@ -21,10 +21,11 @@ class Tally:
 
     started: float = field(default_factory=time.perf_counter)
     num_steps: int = 0
-    num_rows: int = 0
+    num_written: int = 0
     num_patches: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    asked_tokens: int = 0
     reserved_bytes: tuple[int, ...] = ()
     largest_call: PeakSample | None = None
     largest_step: PeakSample | None = None
@@ -42,10 +43,12 @@ class Tally:
         self.largest_call = _larger(self.largest_call, sample)
         self._add(sample, reserved_bytes)
 
-    def add_step(self, sample: PeakSample, reserved_bytes: tuple[int, ...], prompt_tokens: int) -> None:
-        """Count a step."""
+    def add_step(
+        self, sample: PeakSample, reserved_bytes: tuple[int, ...], prompt_tokens: int, num_written: int
+    ) -> None:
+        """Count a step, which took so many tokens of prompts and wrote so many of answers."""
         self.num_steps += 1
-        self.num_rows = max(self.num_rows, sample.shape.batch_size)
+        self.num_written += num_written
         self.prompt_tokens += prompt_tokens
         self.largest_step = _larger(self.largest_step, sample)
         self._add(sample, reserved_bytes)
@@ -62,17 +65,18 @@ class Tally:
     def as_run(self, memory: MemoryModel, budget_bytes: tuple[int, ...]) -> BatchRun:
         """The line: how much was done, and how near the largest peak came to what *memory* predicts.
 
-        Its shape counts all that was done since the last line, in the words of a batch: rows for its size,
-        and for the KV cache the prompts and what the rows may have written, one token in each step.
+        Its shape counts all that was done since the last line, in the words of a batch: for its size the
+        mean of rows that decoded at once, and for the KV cache the prompts and what these rows wrote.
         """
+        num_rows = max(1, round(self.num_written / max(1, self.num_steps)))
         samples = [sample for sample in (self.largest_call, self.largest_step) if sample is not None]
         predicted = [memory.predict(sample.shape) for sample in samples]
         return BatchRun(
             shape=BatchShape(
-                batch_size=self.num_rows,
+                batch_size=num_rows,
                 padded_tokens=self.prompt_tokens,
                 visual_patches=self.num_patches,
-                kv_tokens=self.prompt_tokens + self.num_steps * self.num_rows,
+                kv_tokens=self.prompt_tokens + self.num_steps * num_rows,
                 mask_cells=0,
             ),
             predicted_bytes=_highest(predicted),
@@ -84,6 +88,7 @@ class Tally:
             completion_tokens=self.completion_tokens,
             reserved_bytes=self.reserved_bytes,
             phase_seconds=self._phases(),
+            asked_tokens=self.asked_tokens,
         )
 
 
