@@ -55,7 +55,7 @@ def attend_pieces(
             *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
             GROUP=num_heads // keys.shape[1], WIDTH=width, ROWS=_PIECE_ROWS, KEYS=_BLOCK_KEYS,
             IS_CAUSAL=is_causal, SLOTS=max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences)),
-            num_warps=4, num_stages=_num_stages(query.device, width, _PIECE_ROWS),
+            num_warps=4, num_stages=_num_stages(query.device, width, _PIECE_ROWS), enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def attend_rows(
             sequences.key_starts, sequences.key_counts, scaling * _LOG2_E,
             *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
             GROUP=group, WIDTH=width, ROWS=rows, KEYS=_BLOCK_KEYS, SPLITS=num_splits,
-            num_warps=4, num_stages=_num_stages(query.device, width, rows),
+            num_warps=4, num_stages=_num_stages(query.device, width, rows), enable_fp_fusion=True,
         )  # fmt: skip
         if num_splits > 1:
             _join[num_rows, num_heads](
