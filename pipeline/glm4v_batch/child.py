@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from glm4v_batch.errors import JobError
+from glm4v_batch.errors import JobError, PlacementError
 
 _F_SETSIG = 10  # Linux, fcntl(2); the module fcntl names it from Python 3.13 on
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -61,16 +61,19 @@ class Child:
     """A process that runs `target(pipe, *arguments)`, which must be importable there.
 
     *name* is what `ps`, `top` and the kernel's log call it, of which Linux keeps 15 characters.
+    Raises PlacementError where the system starts no process.
     """
 
     def __init__(self, target: Callable[..., None], *arguments: Any, name: str) -> None:
         end_while_importing()
         context = _context()
-        self.pipe, theirs = context.Pipe()
+        with _refusing(name):
+            self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, target, arguments), name=name, daemon=True)
         # A signal may end this process as soon as it is let in: what the child's end needs is done by then.
         with _signals_blocked():
-            self._process.start()
+            with _refusing(name):
+                self._process.start()
             theirs.close()  # or the child's death would not end the pipe
             # At exit multiprocessing asks daemons to end by SIGTERM, which they ignore, and waits for them.
             Finalize(self, self._process.kill, exitpriority=10)
@@ -132,6 +135,19 @@ def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Raise PlacementError where the system refuses what a process takes."""
+    try:
+        yield
+    except OSError as error:
+        raise PlacementError(
+            f"The process {name} cannot be started: {error.strerror or error}.",
+            hint="It takes a few open files (ulimit -n), a process more (ulimit -u), and a socket in TMPDIR, "
+            "whose path may have some 80 characters.",
+        ) from error
 
 
 @contextmanager

@@ -17,10 +17,13 @@ _KEPT_VARIABLES = frozenset({"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Let this process's address space grow by at most *num_bytes* from here."""
+    """Let this process's address space grow by at most *num_bytes* from here, or by less where it must."""
     if sys.platform == "linux":
         used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used_bytes + num_bytes, resource.RLIM_INFINITY))
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = used_bytes + num_bytes
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def forbid_files() -> None:

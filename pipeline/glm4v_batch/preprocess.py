@@ -7,6 +7,7 @@ its memory takes nothing with it but the group of records it holds; these are th
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -32,7 +33,7 @@ from glm4v_batch.confinement import (
     leave_no_core,
     limit_memory,
 )
-from glm4v_batch.errors import Glm4vBatchError, RecordError, place_of, sanitise
+from glm4v_batch.errors import Glm4vBatchError, PlacementError, RecordError, place_of, sanitise
 from glm4v_batch.failure_codes import FailureCode, Stage
 from glm4v_batch.images import ImageLimits, ImagePatches, read_image, visual_tokens, with_pixel_limits
 from glm4v_batch.prompts import PromptRenderer
@@ -386,22 +387,34 @@ class _Worker:
                 self._child.kill()
 
     def _start(self) -> Connection:
+        """The pipe to a new process; no record is to blame where others kill it before it has one."""
+        for _ in range(_KILLS_ALONE):
+            answer = self._started()
+            if answer == _READY and self._pipe is not None:
+                return self._pipe
+            end = self._end(grace_seconds=1)
+            if isinstance(answer, Glm4vBatchError):
+                raise answer
+            end.refuse_unguarded()
+            if not end.was_killed:
+                raise RuntimeError(f"a preprocessing worker did not start: {end}")
+        raise PlacementError(
+            f"A decoder was killed {_KILLS_ALONE} times while it started.",
+            hint="The kernel does that where memory runs out, and tells by dmesg. Free memory, or set "
+            "preprocess.workers lower.",
+        )
+
+    def _started(self) -> object:
+        """What a new process says first; None where it says nothing."""
         with self._lock:
             if self._closed:
                 raise _WorkerLostError("decoder_crashed", "preprocessing was stopped")
             self._child = Child(_serve, self._settings, self._make, name="glm4v-decoder")
-        self._pipe = pipe = self._child.pipe
+        self._pipe = self._child.pipe
         try:
-            answer = pipe.recv() if pipe.poll(_START_SECONDS) else None
+            return self._pipe.recv() if self._pipe.poll(_START_SECONDS) else None
         except (EOFError, OSError):
-            answer = None
-        if answer == _READY:
-            return pipe
-        end = self._end(grace_seconds=1)
-        if isinstance(answer, Glm4vBatchError):
-            raise answer
-        end.refuse_unguarded()
-        raise RuntimeError(f"a preprocessing worker did not start: {end}")
+            return None
 
     def _end(self, *, grace_seconds: float) -> End:
         """Make sure that the process is gone, and say how it ended."""
@@ -474,7 +487,22 @@ def _failure(item: Item, stage: Stage, code: FailureCode, message: str) -> Failu
 
 
 def _item_bytes(item: Item) -> int:
-    return sum(len(ref.data or b"") for ref in item[1].images)
+    _, record = item
+    images = sum(len(ref.data or b"") for ref in record.images)
+    passed = record.passed.nbytes if record.passed is not None else 0
+    return images + passed + sum(map(_field_bytes, record.fields.values()))
+
+
+def _field_bytes(value: object) -> int:
+    """About what *value* takes where that may be much: text, and lists and structs of it."""
+    match value:
+        case str() | bytes():
+            return len(value)
+        case list():
+            return sum(map(_field_bytes, value))
+        case dict():
+            return sum(map(_field_bytes, value.values()))
+    return sys.getsizeof(value)
 
 
 def _result_bytes(result: Prepared) -> int:

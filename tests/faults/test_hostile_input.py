@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from glm4v_batch.errors import Glm4vBatchError, SourceError
 from glm4v_batch.failure_codes import FAILURE_KINDS
@@ -22,7 +23,7 @@ from glm4v_batch.sources import RecordColumns, open_source
 from glm4v_batch.types import Chunk, Record
 from tests.conftest import image_bytes
 from tests.e2e.command import ROOT, command, write_job
-from tests.faults.hostile import OK, SECRET, Attack, attacks
+from tests.faults.hostile import OK, SECRET, Attack, attacks, encoded
 
 GIB = 1 << 30
 STAGES = {(code, stage) for code, kind in FAILURE_KINDS.items() for stage in kind.stages}
@@ -250,6 +251,39 @@ def test_a_bomb_of_a_gigabyte_stops_the_run_at_a_small_price(tmp_path: Path) -> 
     assert code == 4, said
     assert "bomb.parquet cannot be read in row group 0: it unpacks from" in said
     assert peak_bytes < GIB // 2
+
+
+def long_texts() -> pa.Table:
+    """Rows of 100 MiB of text each, which a file holds in kilobytes, beside images that take a second."""
+    blank = encoded(Image.new("L", (6900, 6900)), "PNG")
+    titles = pa.DictionaryArray.from_arrays(pa.array([0] * 12), pa.array(["x" * (100 << 20)]))
+    return pa.table({"id": [str(row) for row in range(12)], "image": [blank] * 12, "title": titles})
+
+
+def endless_list() -> pa.Table:
+    """A row of 16 million images, all of them null, which a file holds in a kilobyte."""
+    nulls = pa.ListArray.from_arrays([0, 16_000_000], pa.nulls(16_000_000, pa.binary()))
+    return pa.table({"id": ["a"], "image": nulls, "title": ["t"]})
+
+
+@pytest.mark.parametrize(
+    ("rows", "code"), [(long_texts, "prompt_too_long"), (endless_list, "record_too_large")]
+)
+def test_a_bomb_in_a_cell_fails_its_row_at_a_small_price(
+    tmp_path: Path, rows: Callable[[], pa.Table], code: str
+) -> None:
+    (tmp_path / "source").mkdir()
+    path = tmp_path / "source" / "bomb.parquet"
+    bombs = rows()
+    pq.write_table(bombs, path, compression="zstd")
+    assert path.stat().st_size < 1 << 20
+    job = write_job(tmp_path / "job.yaml", tmp_path / "source", tmp_path / "out")
+
+    exit_code, said, peak_bytes = run("run", job, "--set", "output.columns=[]")
+
+    assert exit_code in (3, 4), said  # 4 where all have failed
+    assert [row["error_code"] for row in rows_of(tmp_path / "out")] == [code] * len(bombs)
+    assert peak_bytes < GIB
 
 
 @pytest.mark.parametrize(

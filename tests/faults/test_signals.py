@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,8 @@ def send(process: subprocess.Popen[str], kind: str, rng: random.Random) -> int:
 
 def violations(case: Case, kind: str, rng: random.Random) -> Iterator[str]:
     """Start the job, signal it at a random moment, and look at how it ends."""
-    closed = {"stdout": subprocess.DEVNULL} if kind.endswith("closed") else {}
-    process = case.start(stderr=subprocess.PIPE, **closed)
+    closed = partial(os.close, 1) if kind.endswith("closed") else None
+    process = case.start(stderr=subprocess.PIPE, preexec_fn=closed)
     # Before this the interpreter is still reading our code.
     wait_for(process, lambda: is_holding(case, process.pid))
     time.sleep(rng.random() * 1.5)

@@ -35,6 +35,20 @@ def test_the_environment_is_forgotten_also_where_the_kernel_shows_it(tmp_path: P
     assert "PATH" in after.stdout
 
 
+@pytest.mark.parametrize("hard_gib", [1, 4096])
+def test_a_limit_on_memory_keeps_to_one_that_was_set_from_outside(tmp_path: Path, hard_gib: int) -> None:
+    program = (
+        "import resource\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, ({hard_gib} << 30, {hard_gib} << 30))\n"
+        "limit_memory(2 << 30)\n"
+        "soft, hard = resource.getrlimit(resource.RLIMIT_AS)\n"
+        f"assert (2 << 30 if {hard_gib} > 1 else 0) < soft <= hard == {hard_gib} << 30\n"
+        "bytearray(3 << 30)\n"
+    )
+
+    assert "MemoryError" in confined(program, tmp_path).stderr
+
+
 def test_nothing_can_be_written_to_a_file(tmp_path: Path) -> None:
     done = confined("forbid_files()\nPath('file').write_text('x')", tmp_path)
 

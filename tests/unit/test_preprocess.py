@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from glm4v_batch.checkpoint import read_checkpoint
-from glm4v_batch.errors import JobError, sanitise
+from glm4v_batch.errors import JobError, PlacementError, sanitise
 from glm4v_batch.images import ImageLimits
 from glm4v_batch.preprocess import (
     Item,
@@ -252,6 +253,39 @@ class Unstartable:
         raise AssertionError
 
 
+class KilledAtFirst:
+    """A preprocessor that others kill while it is made, as often as the file `root` has letters."""
+
+    def __init__(self, settings: PreprocessSettings) -> None:
+        assert settings.root is not None
+        if left := settings.root.read_text():
+            settings.root.write_text(left[1:])
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._prepare = Preprocessor(settings)
+
+    def __call__(self, chunk: Chunk, record: Record) -> Prepared:
+        return self._prepare(chunk, record)
+
+
+def test_a_worker_that_others_kill_while_it_starts_is_started_again(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, root=tmp_path / "lives")
+    (tmp_path / "lives").write_text("four")
+
+    results = list(preprocess(items(["a", "b"]), settings, num_workers=1, make=KilledAtFirst))
+
+    assert [code_of(result) for result in results] == ["ok", "ok"]
+
+
+def test_a_worker_that_is_killed_whenever_it_starts_ends_the_run_and_fails_no_record(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, root=tmp_path / "lives")
+    (tmp_path / "lives").write_text("a lot of them")
+
+    with pytest.raises(PlacementError, match="A decoder was killed 5 times while it started"):
+        list(preprocess(items(["a"]), settings, num_workers=1, make=KilledAtFirst))
+
+    assert child_processes() == set()
+
+
 def test_worker_that_cannot_start_is_our_bug_and_no_failed_record() -> None:
     with pytest.raises(RuntimeError, match="exit code 3"):
         list(preprocess(items(["a"]), SETTINGS, num_workers=1, make=Unstartable))
@@ -265,6 +299,24 @@ def test_users_mistake_is_raised_as_such_out_of_a_worker(num_workers: int) -> No
 
     with pytest.raises(JobError, match=r"images\.min_pixels"):
         list(preprocess(items(["a"]), settings, num_workers=num_workers))
+
+
+def test_look_ahead_counts_texts_and_what_passes_through() -> None:
+    taken = given_back = 0
+
+    def counted() -> Iterator[Item]:
+        nonlocal taken
+        for taken in range(1, 31):
+            passed = pa.table({"note": ["x" * 500_000]})
+            fields = {"title": "x" * 500_000}
+            yield Chunk("s", 0, 30), Record("a", "s", taken - 1, (), fields, passed)
+
+    for _ in preprocess(counted(), SETTINGS, num_workers=1, ahead=LookAhead(bytes=4_000_000)):
+        given_back += 1
+        # The estimate of what becomes of a record begins at 1 MiB.
+        assert taken - given_back <= 4 + 4
+
+    assert given_back == 30
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,12 @@ def opened(path: Path | str, *fields: str, **settings: Any) -> Source:
     return ParquetSource(ParquetFiles(*asked), *asked)
 
 
+def passing(path: Path, *columns: str) -> Source:
+    """As `opened`; *columns* pass through."""
+    asked = ParquetSettings(kind="parquet", path=str(path)), RecordColumns((), columns)
+    return ParquetSource(ParquetFiles(*asked), *asked)
+
+
 def all_records(source: Source, rows_per_chunk: int = 7) -> list[Record]:
     return [
         record
@@ -380,6 +386,23 @@ def test_types_that_do_not_fit_together_are_named_and_others_are_widened(tmp_pat
     assert (schema.field("n").type, schema.field("empty").type) == (pa.int64(), pa.string())
     with pytest.raises(SourceError, match=r"b.parquet: column m holds string, elsewhere int64"):
         opened(tmp_path, "m")
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.binary()), pa.large_list(pa.string()), pa.list_(pa.null())])
+def test_a_list_of_a_million_nulls_is_too_large_though_it_takes_nothing(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    endless = pa.array([[None] * 1_100_000, [None] * 3, None], kind)
+    small = pa.array([b"x"] * 3)
+    # What passes through never becomes a Python value.
+    pq.write_table(pa.table({"image": endless, "tags": small}), tmp_path / "images.parquet")
+    pq.write_table(pa.table({"image": small, "tags": endless}), tmp_path / "passed.parquet")
+
+    images, passed = (all_records(passing(tmp_path / f"{n}.parquet", "tags")) for n in ("images", "passed"))
+
+    assert images[0].oversize_bytes > 128 << 20
+    assert [len(record.images) for record in images[1:]] == [3, 1]
+    assert [record.oversize_bytes for record in (*images[1:], *passed)] == [0] * 5
 
 
 def test_images_may_be_stored_differently_from_file_to_file(tmp_path: Path) -> None:

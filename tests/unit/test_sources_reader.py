@@ -1,8 +1,10 @@
 """Files in a process of their own: the same records, and what kills the reader is named."""
 
 import os
+import re
 import signal
 import time
+import tracemalloc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -199,6 +201,34 @@ def test_a_record_over_the_limit_is_handed_on_without_its_values(tmp_path: Path)
     assert one.oversize_bytes == three.oversize_bytes == 0
     assert two.passed is not None
     assert two.passed.to_pylist() == [{"title": None}]
+
+
+def test_what_passes_through_keeps_no_image_in_memory(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [os.urandom(2 * MIB) for _ in range(20)])
+    source = opened(tmp_path, "title")
+    tracemalloc.start()
+
+    passed = [record.passed for record in source.read(Chunk(source.shards()[0].path, 0, 20))]
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert [table.column_names for table in passed if table is not None] == [["title"]] * 20
+    assert held_bytes < 12 * MIB
+
+
+def test_a_reader_of_local_files_has_no_secrets_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    write(tmp_path / "a.parquet", [b"x"])
+
+    source = Reader(settings(tmp_path), RecordColumns())
+
+    assert source._child is not None
+    block = Path(f"/proc/{source._child.pid}/environ").read_bytes()
+    assert b"hunter2" not in block
+    limits = Path(f"/proc/{source._child.pid}/limits").read_text()
+    assert re.search(r"Max file size\s+0\s+0", limits)
 
 
 def test_large_rows_come_in_pieces_that_fit(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def records(
     *oversize_bytes* says how much they took where their values were left out because of it.
     """
     columns = {name: _python_values(batch.column(name)) for name in layout.looked_at}
-    passed = _table(batch).select(list(layout.passed))
+    passed = _alone(_table(batch).select(list(layout.passed)))
     for offset in range(batch.num_rows):
         values = {name: cells[offset] for name, cells in columns.items()}
         record = _record(values, source, first_row + offset, layout, passed.slice(offset, 1))
@@ -48,6 +48,16 @@ def records(
 
 def _table(batch: pa.RecordBatch | pa.Table) -> pa.Table:
     return pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
+
+
+def _alone(table: pa.Table) -> pa.Table:
+    """*table* in memory of its own: a slice would keep the images beside it until its part is written."""
+    if not table.num_columns:
+        return table
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return pa.ipc.open_stream(sink.getvalue()).read_all()
 
 
 def _record(values: Mapping[str, Any], source: str, row: int, layout: Layout, passed: pa.Table) -> Record:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from glm4v_batch.errors import JobError, SourceError, first_line, on_one_line, sanitise
+from glm4v_batch.errors import Glm4vBatchError, JobError, SourceError, first_line, on_one_line, sanitise
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.types import Chunk, Record
 from glm4v_batch.units import format_bytes
@@ -39,6 +39,8 @@ _PIECE_BYTES = 8 << 20
 _LARGE_DICTIONARY_ROWS = 16
 # An image may have 64 MiB; there is more in a record than one.
 _MAX_RECORD_BYTES = 128 << 20
+# What an item of a list takes as a Python value, be it null and nothing in the file.
+_ITEM_BYTES = 128
 _MAX_ID_BYTES = 1 << 10
 _HELD_CURSORS = 4
 _FOOTER_THREADS = 8
@@ -135,7 +137,7 @@ class ParquetFiles:
     ) -> None:
         layout = layout_of(settings, columns)
         self._fs, _ = _file_system(settings.path)
-        self._columns, self._id = layout.columns, layout.id
+        self._columns, self._looked_at, self._id = layout.columns, layout.looked_at, layout.id
         self.opened = opened or _open_all(settings, layout, own_output)
         self._shards = {shard.path: shard for shard in self.opened.shards}
         self._cursors: OrderedDict[tuple[str, int], _Cursor] = OrderedDict()
@@ -157,13 +159,14 @@ class ParquetFiles:
             rows = cursor.take(num_rows)
         except _MemoryNeededError:
             # Cells that are small in the file, and repeated, may be large in a batch.
+            cursor.close()
             cursor = self._open_at(path, first_row, most_rows=1)
             rows = cursor.take(1)
         self._keep(path, cursor)
         return self._bounded(rows)
 
     def _open_at(self, path: str, first_row: int, most_rows: int = _MAX_BATCH_ROWS) -> "_Cursor":
-        wanted = _Wanted(self._columns, first_row, most_rows)
+        wanted = _Wanted(self._columns, self._looked_at, first_row, most_rows)
         return _Cursor(self._fs, self.opened.paths[path], self._shards[path], wanted)
 
     def _keep(self, path: str, cursor: "_Cursor") -> None:
@@ -178,21 +181,26 @@ class ParquetFiles:
             oldest.close()
 
     def _bounded(self, rows: pa.RecordBatch) -> Piece:
-        if rows.num_rows > 1 or rows.nbytes <= _MAX_RECORD_BYTES:
+        num_bytes = _value_bytes(rows, self._looked_at)
+        if rows.num_rows > 1 or num_bytes <= _MAX_RECORD_BYTES:
             return Piece(rows)
         emptied = [
             column if name == self._id and column.nbytes <= _MAX_ID_BYTES else pa.nulls(1, column.type)
             for name, column in zip(rows.schema.names, rows.columns, strict=True)
         ]
         nullable = pa.schema([field.with_nullable(True) for field in rows.schema])
-        return Piece(pa.record_batch(emptied, schema=nullable), rows.nbytes)
+        return Piece(pa.record_batch(emptied, schema=nullable), num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What a cursor reads: *columns* from *first_row* on, at most *most_rows* at once."""
+    """What a cursor reads: *columns* from *first_row* on, at most *most_rows* at once.
+
+    Those *looked_at* become Python values.
+    """
 
     columns: list[str]
+    looked_at: list[str]
     first_row: int
     most_rows: int
 
@@ -203,6 +211,7 @@ class _Cursor:
     def __init__(self, fs: Any, path: str, shard: Shard, wanted: _Wanted) -> None:
         self.shard = shard
         self.next_row = wanted.first_row
+        self._looked_at = wanted.looked_at
         with _reading(shard.path, "the file"):
             # Before the footer: a file that takes the name in between fails the comparison.
             self._opened = _open(fs, path)
@@ -228,7 +237,7 @@ class _Cursor:
                 f"{on_one_line(self.shard.path)} ends at row {self.next_row}, before its footer says.",
                 hint=_REPLACE,
             )
-        piece = _fitting(batch.slice(0, num_rows))
+        piece = _fitting(batch.slice(0, num_rows), self._looked_at)
         rest = batch.slice(piece.num_rows)
         self._rest = rest if rest.num_rows else None
         self.next_row += piece.num_rows
@@ -239,15 +248,32 @@ class _Cursor:
         self._opened.close()
 
 
-def _fitting(rows: pa.RecordBatch) -> pa.RecordBatch:
+def _fitting(rows: pa.RecordBatch, looked_at: Sequence[str]) -> pa.RecordBatch:
     """As many of the first *rows* as fit into a piece, or one."""
     schema = rows.schema
     if any(_is_dictionary(column) and column.dictionary.nbytes > _PIECE_BYTES for column in rows.columns):
         # Each slice of such a column would carry all of the dictionary.
         rows = _decoded(rows.slice(0, _LARGE_DICTIONARY_ROWS))
-    while rows.num_rows > 1 and rows.nbytes > _PIECE_BYTES:
+    while rows.num_rows > 1 and _value_bytes(rows, looked_at) > _PIECE_BYTES:
         rows = rows.slice(0, rows.num_rows // 2)
     return rows if rows.schema == schema else rows.cast(schema)
+
+
+def _value_bytes(rows: pa.RecordBatch, looked_at: Sequence[str]) -> int:
+    """About what *rows* take, and the items of lists *looked_at*: a million nulls are nothing in Arrow."""
+    return int(rows.nbytes) + _ITEM_BYTES * sum(_num_items(rows.column(name)) for name in looked_at)
+
+
+def _num_items(values: pa.Array) -> int:
+    """The items of all lists in *values*, those within lists and structs among them."""
+    if isinstance(values, pa.ExtensionArray):
+        return _num_items(values.storage)
+    if isinstance(values, pa.StructArray):
+        return sum(map(_num_items, values.flatten()))
+    if isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray, pa.MapArray)):
+        items = values.flatten()
+        return len(items) + _num_items(items)
+    return 0
 
 
 def _decoded(rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -365,6 +391,14 @@ def _file_system(pattern: str) -> tuple[Any, str]:
     except OSError as error:  # an archive that holds the files, say
         raise SourceError(f"{pattern} cannot be opened: {first_line(error)}.") from None
     return fs, path
+
+
+def is_local(settings: ParquetSettings) -> bool:
+    """Whether the files of *settings* lie on this machine."""
+    try:
+        return isinstance(_file_system(settings.path)[0], LocalFileSystem)
+    except Glm4vBatchError:
+        return False
 
 
 def _open_all(settings: ParquetSettings, layout: Layout, own_output: Path | None) -> Opened:

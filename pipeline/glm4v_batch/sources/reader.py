@@ -18,12 +18,18 @@ from typing import Any, Protocol, cast
 import pyarrow as pa
 
 from glm4v_batch.child import Child
-from glm4v_batch.confinement import be_silent, leave_no_core, limit_memory
+from glm4v_batch.confinement import (
+    be_silent,
+    forbid_files,
+    forget_environment,
+    leave_no_core,
+    limit_memory,
+)
 from glm4v_batch.errors import Glm4vBatchError, SourceError, on_one_line
 from glm4v_batch.job import ParquetSettings
 
 from . import RecordColumns
-from .parquet import Files, Opened, ParquetFiles, Piece, fault_of, find_files, refuse
+from .parquet import Files, Opened, ParquetFiles, Piece, fault_of, find_files, is_local, refuse
 
 _MEMORY_BYTES = 2 * 1024**3
 _OPEN_SECONDS = 3600.0
@@ -199,6 +205,10 @@ def _unpacked(answer: bytes) -> Any:
 def _serve(pipe: Connection, setup: _Setup) -> None:
     """The process: answer requests until the driver closes the pipe."""
     os.chdir(setup.folder)
+    if is_local(setup.settings):
+        # Remote ones may need credentials from the environment, and a cache.
+        forget_environment()
+        forbid_files()
     be_silent()
     leave_no_core()
     limit_memory(_MEMORY_BYTES)
