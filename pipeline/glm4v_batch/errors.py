@@ -5,7 +5,7 @@
     ├── SourceError            4   the input is unreadable or has changed
     ├── OutputError            5   the output folder refuses
     │   └── OutputLockedError  75  another run holds it
-    └── PlacementError         6   the model cannot be placed on these devices
+    └── PlacementError         6   the model cannot be placed on these devices, or no process started
 
 A message says what is wrong and where; `hint` says what to do. Whatever is not one of
 these is a bug and shows its traceback.
@@ -75,7 +75,7 @@ class OutputLockedError(OutputError):
 
 
 class PlacementError(Glm4vBatchError):
-    """The model cannot be placed on the chosen devices."""
+    """The model cannot be placed on the chosen devices, or the system gives no process what it takes."""
 
     exit_code = 6
 
