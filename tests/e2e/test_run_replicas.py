@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tests.conftest import MakeSource
 from tests.e2e.command import ROOT, command, run_command, write_job
-from tests.e2e.test_run_echo import contents, marked_processes, rows_of
+from tests.e2e.test_run_echo import contents, rows_of
+from tests.faults.runs import orphans
 
 REPLICAS = ["batching: {engine: echo, max_batch_size: 8, echo_seconds: 0.15, echo_replicas: 3}"]
 
@@ -26,6 +27,7 @@ def started(job: Path, mark: Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "GLM4V_TEST_MARK": str(mark)},
+        start_new_session=True,
     ) as process:
         yield process
 
@@ -83,10 +85,7 @@ def test_no_replica_outlives_a_killed_run(tmp_path: Path, make_source: MakeSourc
         assert len(replica_pids(tmp_path)) == 3
         process.kill()
 
-    deadline = time.monotonic() + 10
-    while marked_processes(str(tmp_path)):
-        assert time.monotonic() < deadline, marked_processes(str(tmp_path))
-        time.sleep(0.05)
+    assert orphans(process.pid) == []
 
 
 def test_a_killed_run_goes_on_to_the_parts_of_an_uninterrupted_one(
