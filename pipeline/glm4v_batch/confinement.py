@@ -13,7 +13,8 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-_KEPT_VARIABLES = frozenset({"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"})
+KEPT_VARIABLES = frozenset({"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"})
+"""What a decoder keeps of the environment."""
 
 
 def limit_memory(num_bytes: int) -> None:
@@ -55,7 +56,7 @@ def allow_cpu(seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def forget_environment(kept: Collection[str] = _KEPT_VARIABLES) -> None:
+def forget_environment(kept: Collection[str] = KEPT_VARIABLES) -> None:
     """Drop all environment variables but *kept*, also from the block that /proc/PID/environ shows."""
     for name in set(os.environ) - set(kept):
         del os.environ[name]

@@ -110,6 +110,22 @@ def test_trouble_of_the_disk_stops_the_run_and_fails_no_row(tmp_path: Path) -> N
     assert contents(tmp_path / "out") == {}
 
 
+def test_the_source_may_lie_in_the_home_folder(tmp_path: Path, make_source: MakeSource) -> None:
+    source = make_source(3)
+    job = write_job(tmp_path / "job.yaml", source, tmp_path / "out")
+    done = subprocess.run(
+        command("run", job, "--set", f"source.path=~/{source.name}/*.parquet"),
+        cwd=ROOT,
+        env={**os.environ, "HOME": str(source.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "out")) == 3
+
+
 def test_system_message_and_pixel_limits_reach_the_model(tmp_path: Path, make_source: MakeSource) -> None:
     job = write_job(tmp_path / "job.yaml", make_source(1), tmp_path / "out")
     changes = ("--set", "prompt.system=Be {brief}.", "--set", "images.min_pixels=40000")

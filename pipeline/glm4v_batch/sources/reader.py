@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from glm4v_batch.child import Child
 from glm4v_batch.confinement import (
+    KEPT_VARIABLES,
     be_silent,
     forbid_files,
     forget_environment,
@@ -207,7 +208,7 @@ def _serve(pipe: Connection, setup: _Setup) -> None:
     os.chdir(setup.folder)
     if is_local(setup.settings):
         # Remote ones may need credentials from the environment, and a cache.
-        forget_environment()
+        forget_environment(KEPT_VARIABLES | {"HOME"})  # which a path may begin with, as ~
         forbid_files()
     be_silent()
     leave_no_core()
