@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glm4v_batch.engines.packed_attention import Sequences
 
@@ -22,8 +23,12 @@ _FEWEST_ROWS = 16
 _MOST_STAGES = 3
 # What one program has in hand at a time: of pieces so many queries, and so many keys.
 _PIECE_ROWS = _BLOCK_KEYS = 64
+# On Hopper, where keys and values come by descriptors.
+_HOPPER = (9, 0)
+_HOPPER_ROWS = 128
 # Some four on each multiprocessor of a large GPU.
 _ENOUGH_PROGRAMS = 512
+# A power of two.
 _MOST_SPLITS = 16
 # Each number of slots is a kernel of its own.
 _FEWEST_SLOTS = 32
@@ -45,6 +50,9 @@ def attend_pieces(
     """
     num_tokens, num_heads, width = query.shape
     num_sequences = len(sequences.key_counts)
+    if not is_causal and _has_descriptors(keys, values):
+        _attend_images(answer, query, keys, values, sequences, scaling)
+        return
     # Each sequence may end within a block.
     most_blocks = triton.cdiv(num_tokens, _PIECE_ROWS) + num_sequences
     # Triton launches on the device that is current, which is the first where a model lies on several.
@@ -57,6 +65,38 @@ def attend_pieces(
             IS_CAUSAL=is_causal, SLOTS=max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences)),
             num_warps=4, num_stages=_num_stages(query.device, width, _PIECE_ROWS), enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def _has_descriptors(keys: Tensor, values: Tensor) -> bool:
+    """Whether the GPU copies blocks by descriptors, and a token's heads lie side by side."""
+    width = keys.shape[2]
+    lie_well = all(tensor.stride()[1:] == (width, 1) for tensor in (keys, values))
+    return lie_well and torch.cuda.get_device_capability(keys.device) == _HOPPER
+
+
+def _attend_images(
+    answer: Tensor, query: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, scaling: float
+) -> None:
+    """As `attend_pieces`, where each query sees all keys of its sequence."""
+    num_tokens, num_heads, width = query.shape
+    num_sequences = len(sequences.key_counts)
+    most_blocks = triton.cdiv(num_tokens, _HOPPER_ROWS) + num_sequences
+    with torch.cuda.device_of(query):
+        _attend_ahead[most_blocks, num_heads](
+            query, _descriptor(keys), _descriptor(values), answer,
+            sequences.ends, sequences.key_starts, sequences.key_counts, num_sequences, scaling * _LOG2_E,
+            *query.stride()[:2], *answer.stride()[:2],
+            GROUP=num_heads // keys.shape[1], WIDTH=width, ROWS=_HOPPER_ROWS, KEYS=_BLOCK_KEYS,
+            SLOTS=max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences)),
+            num_warps=8, num_stages=_num_stages(query.device, width, _HOPPER_ROWS), enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _descriptor(tensor: Tensor) -> TensorDescriptor:
+    """Of *tensor* [P, K, D], in blocks of one head's keys or values."""
+    num_tokens, num_heads, width = tensor.shape
+    stride = tensor.stride(0)
+    return TensorDescriptor(tensor, [num_tokens, num_heads * width], [stride, 1], [_BLOCK_KEYS, width])
 
 
 def attend_rows(
@@ -81,19 +121,19 @@ def attend_rows(
             query, keys, values, answer, founds, sums,
             sequences.key_starts, sequences.key_counts, scaling * _LOG2_E,
             *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2], *answer.stride()[:2],
-            GROUP=group, WIDTH=width, ROWS=rows, KEYS=_BLOCK_KEYS, SPLITS=num_splits,
+            GROUP=group, WIDTH=width, ROWS=rows, KEYS=_BLOCK_KEYS, IS_SHARED=num_splits > 1,
             num_warps=4, num_stages=_num_stages(query.device, width, rows), enable_fp_fusion=True,
         )  # fmt: skip
         if num_splits > 1:
             _join[num_rows, num_heads](
-                founds, sums, answer, *answer.stride()[:2], WIDTH=width, SPLITS=num_splits, num_warps=1
-            )
+                founds, sums, answer, num_splits, *answer.stride()[:2],
+                WIDTH=width, MOST_SPLITS=_MOST_SPLITS, num_warps=1, enable_fp_fusion=True,
+            )  # fmt: skip
 
 
 def _num_splits(num_programs: int) -> int:
-    """Among how many programs the keys of each of *num_programs* are shared, a power of two."""
-    splits: int = triton.next_power_of_2(max(1, min(_MOST_SPLITS, _ENOUGH_PROGRAMS // num_programs)))
-    return splits
+    """Among how many programs the keys of each of *num_programs* are shared."""
+    return max(1, min(_MOST_SPLITS, _ENOUGH_PROGRAMS // num_programs))
 
 
 @cache
@@ -144,16 +184,63 @@ def _attend(
     tl.store(to, found.to(answer.dtype.element_ty), mask=is_row[:, None])
 
 
+@triton.jit(do_not_specialize=["num_sequences"])
+def _attend_ahead(
+    query, keys, values, answer, ends, key_starts, key_counts, num_sequences, scale,
+    query_token, query_head, answer_token, answer_head,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """As `_attend` where nothing is causal: the next scores are under way while these become weights.
+
+    *keys* and *values* are descriptors: addresses cost no instructions (Shah et al. 2024, "FlashAttention-3").
+    """
+    head = tl.program_id(1)
+    block, sequence = _find(tl.program_id(0), ends, num_sequences, ROWS, SLOTS)
+    if sequence >= num_sequences:
+        return
+    first = tl.load(ends + sequence)
+    size = tl.load(ends + sequence + 1) - first
+    count, start = tl.load(key_counts + sequence), tl.load(key_starts + sequence)
+    row = block * ROWS + tl.arange(0, ROWS)
+    is_row = row < size
+    token = (first + row).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    at_query = token * query_token + head * query_head
+    q = tl.load(query + at_query[:, None] + lane[None, :], mask=is_row[:, None], other=0.0)
+    of_head = head // GROUP * WIDTH
+    found = tl.zeros([ROWS, WIDTH], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    last_block = (count - 1) // KEYS * KEYS
+    score = tl.dot(q, keys.load([start, of_head]).T)
+    for at in tl.range(0, last_block, KEYS):
+        ahead = tl.dot(q, keys.load([start + at + KEYS, of_head]).T)
+        weight, fade, highest = _weights(score, highest, scale)
+        total = total * fade + tl.sum(weight, 1)
+        v = values.load([start + at, of_head])
+        found = tl.dot(weight.to(v.dtype), v, found * fade[:, None])
+        score = ahead
+    # Only here are keys beyond the sequence's own: each query sees one that is, so that they weigh nothing.
+    key = last_block + tl.arange(0, KEYS)
+    weight, fade, highest = _weights(tl.where(key[None, :] < count, score, -1.0e30), highest, scale)
+    total = total * fade + tl.sum(weight, 1)
+    v = values.load([start + last_block, of_head])
+    v = tl.where(key[:, None] < count, v, 0.0)
+    found = tl.dot(weight.to(v.dtype), v, found * fade[:, None]) / total[:, None]
+    to = answer + (token * answer_token + head * answer_head)[:, None] + lane[None, :]
+    tl.store(to, found.to(answer.dtype.element_ty), mask=is_row[:, None])
+
+
 @triton.jit
 def _attend_rows(
     query, keys, values, answer, founds, sums, key_starts, key_counts, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, answer_token, answer_head,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SHARED: tl.constexpr,
 ):  # fmt: skip
     """One row's query, its heads side by side, and of its keys the share of this program."""
     token = tl.program_id(0).to(tl.int64)
-    key_head_place, split = tl.program_id(1), tl.program_id(2)
+    key_head_place, split, num_splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     row = tl.arange(0, ROWS)
     is_row = row < GROUP
     head = key_head_place * GROUP + row
@@ -165,7 +252,7 @@ def _attend_rows(
     at_query = token * query_token + head * query_head
     q = tl.load(query + at_query[:, None] + lane[None, :], mask=is_row[:, None], other=0.0)
     # Whole blocks, so that only the last one of all has keys that are not the row's.
-    share = tl.cdiv(tl.cdiv(count, KEYS), SPLITS) * KEYS
+    share = tl.cdiv(tl.cdiv(count, KEYS), num_splits) * KEYS
     begin = tl.minimum(split * share, count)
     end = tl.minimum(begin + share, count)
     whole = begin + (end - begin) // KEYS * KEYS
@@ -174,29 +261,35 @@ def _attend_rows(
         q, keys, values, key_token, value_token, begin, whole, end, last_key, count, scale,
         lane, WIDTH, ROWS, KEYS,
     )  # fmt: skip
-    if SPLITS == 1:
-        found = found / tl.where(total > 0, total, 1.0)[:, None]
-        to = answer + (token * answer_token + head * answer_head)[:, None] + lane[None, :]
-        tl.store(to, found.to(answer.dtype.element_ty), mask=is_row[:, None])
-    else:
+    if IS_SHARED:
         num_heads = tl.num_programs(1) * GROUP
-        place = (token * num_heads + head) * SPLITS + split
+        place = (token * num_heads + head) * num_splits + split
         tl.store(founds + place[:, None] * WIDTH + lane[None, :], found, mask=is_row[:, None])
         tl.store(sums + 2 * place, total, mask=is_row)
         tl.store(sums + 2 * place + 1, highest, mask=is_row)
+    else:
+        found = found / tl.where(total > 0, total, 1.0)[:, None]
+        to = answer + (token * answer_token + head * answer_head)[:, None] + lane[None, :]
+        tl.store(to, found.to(answer.dtype.element_ty), mask=is_row[:, None])
 
 
-@triton.jit
-def _join(founds, sums, answer, answer_token, answer_head, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+@triton.jit(do_not_specialize=["num_splits"])
+def _join(
+    founds, sums, answer, num_splits, answer_token, answer_head,
+    WIDTH: tl.constexpr, MOST_SPLITS: tl.constexpr,
+):  # fmt: skip
     """Of one row and head what all programs found, by the highest score that any of them saw."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, WIDTH)
-    place = (token * tl.num_programs(1) + head) * SPLITS + tl.arange(0, SPLITS)
-    total, highest = tl.load(sums + 2 * place), tl.load(sums + 2 * place + 1)
+    split = tl.arange(0, MOST_SPLITS)
+    is_split = split < num_splits
+    place = (token * tl.num_programs(1) + head) * num_splits + split
+    total = tl.load(sums + 2 * place, mask=is_split, other=0.0)
+    highest = tl.load(sums + 2 * place + 1, mask=is_split, other=float("-inf"))
     # Not -inf, whose difference from itself is no number where no program saw a key.
     top = tl.maximum(tl.max(highest, 0), -1.0e30)
     fade = tl.exp2(highest - top)
-    found = tl.load(founds + place[:, None] * WIDTH + lane[None, :])
+    found = tl.load(founds + place[:, None] * WIDTH + lane[None, :], mask=is_split[:, None], other=0.0)
     whole, total = tl.sum(found * fade[:, None], 0), tl.sum(total * fade, 0)
     to = answer + token * answer_token + head * answer_head + lane
     tl.store(to, (whole / tl.where(total > 0, total, 1.0)).to(answer.dtype.element_ty))
@@ -259,13 +352,17 @@ def _look(
             is_seen = (key[None, :] <= last_key[:, None]) & (key[None, :] < count)
             # Not -inf, whose difference from itself is no number where a row sees nothing yet.
             score = tl.where(is_seen, score, -1.0e30)
-        # Scaled only here: a product and a difference of each score are one instruction.
-        new = tl.maximum(highest, tl.max(score, 1) * scale)
-        weight = tl.exp2(score * scale - new[:, None])
+        weight, fade, highest = _weights(score, highest, scale)
         if IS_MASKED:
             weight = tl.where(is_seen, weight, 0.0)
-        fade = tl.exp2(highest - new)
         total = total * fade + tl.sum(weight, 1)
         found = tl.dot(weight.to(v.dtype), v, found * fade[:, None])
-        highest = new
     return found, total, highest
+
+
+@triton.jit
+def _weights(score, highest, scale):
+    """The weight of each score, what those before count for now, and the highest score as yet."""
+    # Scaled only here: a product and a difference of each score are one instruction.
+    new = tl.maximum(highest, tl.max(score, 1) * scale)
+    return tl.exp2(score * scale - new[:, None]), tl.exp2(highest - new), new
