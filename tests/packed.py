@@ -13,7 +13,7 @@ from glm4v_batch.plan import open_job, preprocess_settings
 from tests.cpu_meter import CpuMeter
 from tests.tiny import ENDLESS, ROOT, job_of, weight_bytes
 
-LIMITS = PackedLimits(max_rows=16, pool_tokens=1 << 14, piece_tokens=512, patches=2048)
+LIMITS = PackedLimits(max_rows=16, pool_tokens=1 << 14, step_tokens=512, patches=2048)
 
 
 def packed_weights() -> Any:

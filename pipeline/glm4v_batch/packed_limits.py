@@ -11,9 +11,14 @@ from glm4v_batch.units import format_bytes
 
 GPU_ROWS = 256
 CPU_ROWS = 32
-MOST_PIECE_TOKENS = 2048
+MOST_STEP_TOKENS = 2048
 MOST_PATCHES = 16_384
-_PIECE_TOKENS = (64, 256, 512, 1024, MOST_PIECE_TOKENS)
+FEWEST_PROMPT_TOKENS = 64
+"""Of a step that has any."""
+
+# Products of matrices of such sizes leave the fewest multiprocessors idle: a twentieth less time a token
+# than with a quarter of a thousand more.
+_STEP_TOKENS = (128, 256, 512, 1024, MOST_STEP_TOKENS)
 # A call of the vision tower has a multiple of the first up to MOST_PATCHES, and of the second beyond.
 _PATCH_STEP, _LARGE_PATCH_STEP = 1024, 2048
 # Smaller calls of the vision tower are slower: the host launches as many kernels for each.
@@ -33,14 +38,18 @@ class PackedLimits:
 
     max_rows      requests that prefill or decode
     pool_tokens   tokens of all of them in the KV pool
-    piece_tokens  prompt tokens of one step
+    step_tokens   tokens of one step: one for each row, and of prompts what is left
     patches       patches of one call of the vision tower; one larger image goes alone
     """
 
     max_rows: int
     pool_tokens: int
-    piece_tokens: int
+    step_tokens: int
     patches: int
+
+    def prompt_tokens(self, num_rows: int) -> int:
+        """How many tokens of prompts a step may have beside *num_rows* rows."""
+        return max(FEWEST_PROMPT_TOKENS, self.step_tokens - num_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +109,16 @@ def call_sizes(most_patches: int) -> Iterator[int]:
 
 
 def _with_patches(demand: PackedDemand, room_bytes: Sequence[int], patches: int) -> PackedLimits:
-    """With the shortest pieces that keep the rows full: longer ones take memory, and fewer rows then fit."""
-    for piece_tokens in _PIECE_TOKENS:
-        limits = PackedLimits(demand.max_rows, _most_tokens(demand), piece_tokens, patches)
+    """With the shortest steps that keep the rows full: longer ones take memory, and fewer rows then fit."""
+    for step_tokens in _STEP_TOKENS:
+        limits = PackedLimits(demand.max_rows, _most_tokens(demand), step_tokens, patches)
         # Fewer rows than are allowed may be all that the pool has room for, and they take less beside it.
         for _ in range(2):
             tokens = [_pool_tokens(limits, *pair) for pair in zip(demand.needs, room_bytes, strict=True)]
             limits = replace(limits, pool_tokens=min(_most_tokens(demand), *tokens))
             limits = replace(limits, max_rows=_rows_of(limits, demand))
-        if limits.pool_tokens and piece_tokens >= _rate(limits, demand.typical):
+        rate = _rate(limits, demand.typical)
+        if limits.pool_tokens and limits.prompt_tokens(limits.max_rows) >= rate:
             return limits
     return limits
 
@@ -143,7 +153,7 @@ def peak_bytes(limits: PackedLimits, needs: PackedNeeds) -> float:
     """
     shapes = (
         BatchShape(0, 0, limits.patches, 0, 0),
-        BatchShape(limits.max_rows, limits.piece_tokens + limits.max_rows, 0, 0, 0),
+        BatchShape(limits.max_rows, limits.prompt_tokens(limits.max_rows) + limits.max_rows, 0, 0, 0),
     )
     works = sum(bytes_of(shape, needs, phase) for phase, shape in enumerate(shapes))
     return works + _feature_bytes(limits, needs)
@@ -165,7 +175,7 @@ def bytes_of(shape: BatchShape, needs: PackedNeeds, phase: int) -> float:
 
 def _feature_bytes(limits: PackedLimits, needs: PackedNeeds) -> int:
     # The images of one call are encoded whether or not so many tokens are wanted; four patches each.
-    num_tokens = _STEPS_AHEAD * limits.piece_tokens + limits.patches // 4
+    num_tokens = _STEPS_AHEAD * limits.step_tokens + limits.patches // 4
     return num_tokens * needs.feature_token_bytes
 
 

@@ -72,16 +72,14 @@ def ints(numbers: Any) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-def attend_pieces(is_causal: bool, has_descriptors: bool) -> None:
+def attend_pieces(is_causal: bool) -> None:
     kernels = load_kernels("interpreted_attention_kernel")
     kernels._num_stages = lambda *_: 1
-    kernels._has_descriptors = lambda *_: has_descriptors
+    kernels._hopper_kernel = lambda *_: None
     ends = [0, *np.cumsum(SIZES).tolist()]
     # A slot that nothing uses comes last, as where a step is filled up.
     sequences = Sequences(ints([*ends, ends[-1]]), ints([*STARTS, 0]), ints([*COUNTS, 0]))
     (keys, values), query = pool(), queries(ends[-1])
-    if has_descriptors:
-        values = values.contiguous()
     found = torch.full(query.shape, 7.0)
 
     kernels.attend_pieces(found, query, keys, values, sequences, SCALING, is_causal=is_causal)
@@ -93,24 +91,11 @@ def attend_pieces(is_causal: bool, has_descriptors: bool) -> None:
         torch.testing.assert_close(found[begin:end], expected)
 
 
-@pytest.mark.parametrize(("is_causal", "has_descriptors"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("is_causal", [True, False])
 def test_pieces_attend_as_sdpa_does_each_to_its_own_keys(
-    interpreter: ProcessPoolExecutor, is_causal: bool, has_descriptors: bool
+    interpreter: ProcessPoolExecutor, is_causal: bool
 ) -> None:
-    interpreter.submit(attend_pieces, is_causal, has_descriptors).result(timeout=120)
-
-
-@pytest.mark.parametrize(("capability", "stride", "expected"), [
-    ((9, 0), WIDTH, True), ((9, 0), 2 * WIDTH, False), ((8, 0), WIDTH, False), ((12, 0), WIDTH, False),
-])  # fmt: skip
-def test_blocks_come_by_descriptors_on_hopper_where_heads_lie_side_by_side(
-    capability: tuple[int, int], stride: int, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernels = load_kernels("attention_kernel_to_choose")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    keys = torch.zeros(4, NUM_HEADS, stride)[..., :WIDTH]
-
-    assert kernels._has_descriptors(keys, keys) is expected
+    interpreter.submit(attend_pieces, is_causal).result(timeout=120)
 
 
 def attend_rows(enough_programs: int) -> None:
@@ -163,11 +148,8 @@ def test_every_card_that_is_served_has_a_compiler_and_the_shared_memory_for_it(
     pieces = shared_bytes(kernels._attend, kernels._PIECE_ROWS, IS_CAUSAL=True, SLOTS=32)
     rows = shared_bytes(kernels._attend_rows, kernels._FEWEST_ROWS, IS_SHARED=True)
     joined = compiled(kernels._join, capability, 1, {"WIDTH": width, "MOST_SPLITS": 16}).metadata.shared
-    taken = [pieces, rows, joined]
-    if capability == 90:
-        taken.append(shared_bytes(kernels._attend_ahead, kernels._HOPPER_ROWS, SLOTS=32))
 
-    assert max(taken) <= SHARED_BYTES[capability]
+    assert max(pieces, rows, joined) <= SHARED_BYTES[capability]
 
 
 def compiled(kernel: Any, capability: int, num_stages: int, constants: dict[str, Any]) -> Any:
@@ -177,11 +159,9 @@ def compiled(kernel: Any, capability: int, num_stages: int, constants: dict[str,
     pointers = dict.fromkeys(("query", "keys", "values", "answer"), "*bf16")
     pointers |= dict.fromkeys(("founds", "sums"), "*fp32") | {"scale": "fp32"}
     pointers |= dict.fromkeys(("ends", "key_starts", "key_counts"), "*i32")
-    if "key_token" not in kernel.arg_names:
-        pointers |= dict.fromkeys(("keys", "values"), f"tensordesc<bf16[64,{constants['WIDTH']}]>")
     constant = dict.fromkeys(constants, "constexpr")
     signature = {name: (pointers | constant).get(name, "i32") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    options = {"num_warps": 8 if constants.get("ROWS") == 128 else 4, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "num_stages": num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -20,7 +20,8 @@ from glm4v_batch.parts import RESULT_FIELDS
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 # Triton comes with torch's CUDA builds only.
-NEED_TRITON = {"glm4v_batch.engines.attention_kernel"} if find_spec("triton") is None else set()
+KERNELS = {"glm4v_batch.engines.attention_kernel", "glm4v_batch.engines.hopper_attention"}
+NEED_TRITON = KERNELS if find_spec("triton") is None else set()
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(glm4v_batch.__path__, "glm4v_batch.")

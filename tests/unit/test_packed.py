@@ -29,7 +29,7 @@ from tests.families import FAMILIES, small_model
 from tests.packed import LIMITS, packed_engine
 from tests.tiny import ENDLESS, answers, runs, sample, texts, weight_bytes
 
-FEW = PackedLimits(max_rows=4, pool_tokens=2000, piece_tokens=128, patches=1024)
+FEW = PackedLimits(max_rows=4, pool_tokens=2000, step_tokens=128, patches=1024)
 MIB = 1024**2
 
 # A small model of any family.
@@ -66,7 +66,7 @@ def test_a_text_does_not_depend_on_neighbours_or_on_how_prompts_are_cut() -> Non
     requests = sample("caption")[1][:30]
     base = texts(packed_engine("caption").run(iter(requests)))
 
-    for limits in (FEW, replace(FEW, max_rows=1), replace(LIMITS, piece_tokens=64)):
+    for limits in (FEW, replace(FEW, max_rows=1), replace(LIMITS, step_tokens=64)):
         assert texts(packed_engine("caption", limits=limits).run(iter(requests[::-1]))) == base
 
 
@@ -80,7 +80,7 @@ def test_every_family_writes_what_its_generate_writes_with_four_rows_for_forty(f
         GenerateEngine(model, vocabulary, SMALL, memory, meter, memory_fraction=1.0).run(requests)
     )
 
-    limits = PackedLimits(max_rows=4, pool_tokens=300, piece_tokens=64, patches=64)
+    limits = PackedLimits(max_rows=4, pool_tokens=300, step_tokens=64, patches=64)
     found = ends(small_engine(model, vocabulary, limits).run(requests))
 
     assert found == expected
@@ -104,7 +104,7 @@ def test_what_the_pool_held_before_reaches_no_answer() -> None:
 def test_memory_that_runs_out_makes_calls_and_pieces_smaller_and_changes_no_text(room_mib: int) -> None:
     requests = sample("caption")[1][:40]
     meter = CpuMeter(weight_bytes(), weight_bytes() + room_mib * MIB)
-    limits = PackedLimits(max_rows=16, pool_tokens=16_000, piece_tokens=512, patches=4096)
+    limits = PackedLimits(max_rows=16, pool_tokens=16_000, step_tokens=512, patches=4096)
     engine = packed_engine("caption", limits=limits, meter=meter)
 
     events = list(engine.run(iter(requests)))
@@ -131,7 +131,7 @@ def test_memory_that_runs_out_once_within_a_step_changes_no_text(when: int, room
     sizes = [request.prompt_tokens + request.max_new_tokens for request in requests]
     # Two requests fill the pool, and half of it holds no longer one.
     pool_tokens = max(map(sum, pairwise(sizes)))
-    limits = PackedLimits(max_rows=2, pool_tokens=pool_tokens, piece_tokens=64, patches=1024)
+    limits = PackedLimits(max_rows=2, pool_tokens=pool_tokens, step_tokens=64, patches=1024)
     engine = packed_engine("caption", limits=limits, meter=ShortOnce(when, room_kib << 10))
 
     events = list(engine.run(iter(requests)))
@@ -218,7 +218,7 @@ def test_calls_of_the_vision_tower_are_full_while_requests_wait(monkeypatch: pyt
         return encode(model, images, grids)
 
     monkeypatch.setattr(PackedModel, "encode", noted)
-    engine = packed_engine("caption", limits=replace(LIMITS, piece_tokens=64))
+    engine = packed_engine("caption", limits=replace(LIMITS, step_tokens=64))
 
     assert len(texts(engine.run(iter(requests)))) == 40
     assert sum(sizes) == sum(request.visual_patches for request in requests)
@@ -253,7 +253,7 @@ def test_lines_count_the_rows_that_decode_and_what_their_answers_were_asked_for(
 ) -> None:
     monkeypatch.setattr(packed, "_REPORT_SECONDS", 0.05)
     requests, vocabulary = list(small_requests(40)), small_vocabulary()
-    limits = PackedLimits(max_rows=4, pool_tokens=300, piece_tokens=64, patches=64)
+    limits = PackedLimits(max_rows=4, pool_tokens=300, step_tokens=64, patches=64)
 
     events = list(small_engine(random_model("glm4v"), vocabulary, limits).run(requests))
 
@@ -402,7 +402,7 @@ class ReplayedOnTheHost(Graphs[Any]):
         return Graph(), found
 
 
-@pytest.mark.parametrize("limits", [LIMITS, FEW, replace(LIMITS, max_rows=5, piece_tokens=192)])
+@pytest.mark.parametrize("limits", [LIMITS, FEW, replace(LIMITS, max_rows=5, step_tokens=192)])
 def test_work_filled_up_to_sizes_that_were_recorded_writes_the_same(
     limits: PackedLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

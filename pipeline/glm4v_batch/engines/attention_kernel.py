@@ -6,6 +6,7 @@ a recent one's arithmetic than the flash attention that torch ships, and it writ
 
 # T packed tokens, S sequences, H query heads, K key-value heads, D head_dim, P tokens of the pool
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -13,19 +14,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glm4v_batch.engines.packed_attention import Sequences
 
+_log = logging.getLogger(__name__)
 _LOG2_E = 1.4426950408889634
 # The matrix units take no fewer rows.
 _FEWEST_ROWS = 16
 _MOST_STAGES = 3
 # What one program has in hand at a time: of pieces so many queries, and so many keys.
 _PIECE_ROWS = _BLOCK_KEYS = 64
-# On Hopper, where keys and values come by descriptors.
+# The compute capability whose instructions the faster kernel for images is made of.
 _HOPPER = (9, 0)
-_HOPPER_ROWS = 128
 # Some four on each multiprocessor of a large GPU.
 _ENOUGH_PROGRAMS = 512
 # A power of two.
@@ -50,8 +50,9 @@ def attend_pieces(
     """
     num_tokens, num_heads, width = query.shape
     num_sequences = len(sequences.key_counts)
-    if not is_causal and _has_descriptors(keys, values):
-        _attend_images(answer, query, keys, values, sequences, scaling)
+    hopper = None if is_causal else _hopper_kernel(query.device, query.dtype, width)
+    if hopper and hopper.serves(query, keys, values):
+        hopper.attend_images(answer, query, keys, values, sequences, scaling)
         return
     # Each sequence may end within a block.
     most_blocks = triton.cdiv(num_tokens, _PIECE_ROWS) + num_sequences
@@ -67,36 +68,27 @@ def attend_pieces(
         )  # fmt: skip
 
 
-def _has_descriptors(keys: Tensor, values: Tensor) -> bool:
-    """Whether the GPU copies blocks by descriptors, and a token's heads lie side by side."""
-    width = keys.shape[2]
-    lie_well = all(tensor.stride()[1:] == (width, 1) for tensor in (keys, values))
-    return lie_well and torch.cuda.get_device_capability(keys.device) == _HOPPER
+@cache
+def _hopper_kernel(device: torch.device, dtype: torch.dtype, width: int) -> Any:
+    """The kernel for images on Hopper, a module; None on other GPUs, and where Triton does not compile it."""
+    if torch.cuda.get_device_capability(device) != _HOPPER:
+        return None
+    some = torch.zeros(128, 1, width, dtype=dtype, device=device)
+    ends = torch.tensor([0, len(some)], dtype=torch.int32, device=device)
+    try:
+        from glm4v_batch.engines import hopper_attention
 
-
-def _attend_images(
-    answer: Tensor, query: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, scaling: float
-) -> None:
-    """As `attend_pieces`, where each query sees all keys of its sequence."""
-    num_tokens, num_heads, width = query.shape
-    num_sequences = len(sequences.key_counts)
-    most_blocks = triton.cdiv(num_tokens, _HOPPER_ROWS) + num_sequences
-    with torch.cuda.device_of(query):
-        _attend_ahead[most_blocks, num_heads](
-            query, _descriptor(keys), _descriptor(values), answer,
-            sequences.ends, sequences.key_starts, sequences.key_counts, num_sequences, scaling * _LOG2_E,
-            *query.stride()[:2], *answer.stride()[:2],
-            GROUP=num_heads // keys.shape[1], WIDTH=width, ROWS=_HOPPER_ROWS, KEYS=_BLOCK_KEYS,
-            SLOTS=max(_FEWEST_SLOTS, triton.next_power_of_2(num_sequences)),
-            num_warps=8, num_stages=_num_stages(query.device, width, _HOPPER_ROWS), enable_fp_fusion=True,
-        )  # fmt: skip
-
-
-def _descriptor(tensor: Tensor) -> TensorDescriptor:
-    """Of *tensor* [P, K, D], in blocks of one head's keys or values."""
-    num_tokens, num_heads, width = tensor.shape
-    stride = tensor.stride(0)
-    return TensorDescriptor(tensor, [num_tokens, num_heads * width], [stride, 1], [_BLOCK_KEYS, width])
+        if hopper_attention.serves(some, some, some):
+            hopper_attention.attend_images(some, some, some, some, Sequences(ends, ends[:1], ends[1:]), 1.0)
+    # Gluon is Triton's experiment: any release may change it, and fail in ways of its own.
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _log.warning(
+            "Images attend by a slower kernel: Triton %s refuses ours. %s", triton.__version__, error
+        )
+        return None
+    return hopper_attention
 
 
 def attend_rows(
@@ -180,53 +172,6 @@ def _attend(
         lane, WIDTH, ROWS, KEYS,
     )  # fmt: skip
     found = found / tl.where(total > 0, total, 1.0)[:, None]
-    to = answer + (token * answer_token + head * answer_head)[:, None] + lane[None, :]
-    tl.store(to, found.to(answer.dtype.element_ty), mask=is_row[:, None])
-
-
-@triton.jit(do_not_specialize=["num_sequences"])
-def _attend_ahead(
-    query, keys, values, answer, ends, key_starts, key_counts, num_sequences, scale,
-    query_token, query_head, answer_token, answer_head,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """As `_attend` where nothing is causal: the next scores are under way while these become weights.
-
-    *keys* and *values* are descriptors: addresses cost no instructions (Shah et al. 2024, "FlashAttention-3").
-    """
-    head = tl.program_id(1)
-    block, sequence = _find(tl.program_id(0), ends, num_sequences, ROWS, SLOTS)
-    if sequence >= num_sequences:
-        return
-    first = tl.load(ends + sequence)
-    size = tl.load(ends + sequence + 1) - first
-    count, start = tl.load(key_counts + sequence), tl.load(key_starts + sequence)
-    row = block * ROWS + tl.arange(0, ROWS)
-    is_row = row < size
-    token = (first + row).to(tl.int64)
-    lane = tl.arange(0, WIDTH)
-    at_query = token * query_token + head * query_head
-    q = tl.load(query + at_query[:, None] + lane[None, :], mask=is_row[:, None], other=0.0)
-    of_head = head // GROUP * WIDTH
-    found = tl.zeros([ROWS, WIDTH], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    last_block = (count - 1) // KEYS * KEYS
-    score = tl.dot(q, keys.load([start, of_head]).T)
-    for at in tl.range(0, last_block, KEYS):
-        ahead = tl.dot(q, keys.load([start + at + KEYS, of_head]).T)
-        weight, fade, highest = _weights(score, highest, scale)
-        total = total * fade + tl.sum(weight, 1)
-        v = values.load([start + at, of_head])
-        found = tl.dot(weight.to(v.dtype), v, found * fade[:, None])
-        score = ahead
-    # Only here are keys beyond the sequence's own: each query sees one that is, so that they weigh nothing.
-    key = last_block + tl.arange(0, KEYS)
-    weight, fade, highest = _weights(tl.where(key[None, :] < count, score, -1.0e30), highest, scale)
-    total = total * fade + tl.sum(weight, 1)
-    v = values.load([start + last_block, of_head])
-    v = tl.where(key[:, None] < count, v, 0.0)
-    found = tl.dot(weight.to(v.dtype), v, found * fade[:, None]) / total[:, None]
     to = answer + (token * answer_token + head * answer_head)[:, None] + lane[None, :]
     tl.store(to, found.to(answer.dtype.element_ty), mask=is_row[:, None])
 
@@ -352,17 +297,13 @@ def _look(
             is_seen = (key[None, :] <= last_key[:, None]) & (key[None, :] < count)
             # Not -inf, whose difference from itself is no number where a row sees nothing yet.
             score = tl.where(is_seen, score, -1.0e30)
-        weight, fade, highest = _weights(score, highest, scale)
+        # Scaled only here: a product and a difference of each score are one instruction.
+        new = tl.maximum(highest, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - new[:, None])
         if IS_MASKED:
             weight = tl.where(is_seen, weight, 0.0)
+        fade = tl.exp2(highest - new)
         total = total * fade + tl.sum(weight, 1)
         found = tl.dot(weight.to(v.dtype), v, found * fade[:, None])
+        highest = new
     return found, total, highest
-
-
-@triton.jit
-def _weights(score, highest, scale):
-    """The weight of each score, what those before count for now, and the highest score as yet."""
-    # Scaled only here: a product and a difference of each score are one instruction.
-    new = tl.maximum(highest, tl.max(score, 1) * scale)
-    return tl.exp2(score * scale - new[:, None]), tl.exp2(highest - new), new

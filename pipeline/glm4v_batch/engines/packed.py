@@ -20,7 +20,7 @@ from glm4v_batch.activations import FloatArray
 from glm4v_batch.engines import EngineEvent
 from glm4v_batch.engines.generate import Vocabulary, ran_out_of_memory
 from glm4v_batch.engines.packed_model import PackedModel
-from glm4v_batch.engines.packed_rows import NO_TOKEN, DecodeRows, Entry, Piece, rounded_prompt
+from glm4v_batch.engines.packed_rows import NO_TOKEN, DecodeRows, Entry, Piece, rounded_tokens
 from glm4v_batch.engines.packed_tally import Tally
 from glm4v_batch.engines.packed_work import Work, WorkImage, calls, images_of
 from glm4v_batch.engines.stopwatch import Stopwatch
@@ -28,13 +28,13 @@ from glm4v_batch.errors import PlacementError
 from glm4v_batch.intake import Intake
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, Meter
-from glm4v_batch.packed_limits import PackedLimits
+from glm4v_batch.packed_limits import FEWEST_PROMPT_TOKENS, PackedLimits
 from glm4v_batch.sampling import row_seed
 from glm4v_batch.segments import Segments
 from glm4v_batch.types import BatchShape, BatchStart, Completion, Failure, PeakSample, Request
 
-_ROW_STEP = 8
-_PIECE_STEP = 64
+# Rows that do not live count as tokens of a step all the same: few sizes of few rows, and more of many.
+_ROW_STEP, _LARGE_ROW_STEP = 8, 32
 _REPORT_SECONDS = 1.0
 # Requests whose patches lie in pinned memory before they may wait; of the largest images 32 take half a GB.
 _MOST_AHEAD = 32
@@ -185,7 +185,7 @@ class PackedEngine:
     def _next_to_encode(self) -> list[Work]:
         """The works whose images come next, taken off the queue; none while prompts enough are ready."""
         ready = sum(work.num_left for work in (*self._encoded, *self._prefilling))
-        if not self._waiting or ready >= 2 * self._piece_tokens():
+        if not self._waiting or ready >= 2 * self._prompt_tokens():
             return []
         # A call that is made at all is made full: small ones are slower by the image. The first in the queue
         # goes first, so that none waits for ever, and smaller ones fill what the next in turn would not.
@@ -234,22 +234,34 @@ class PackedEngine:
 
     # Steps
 
-    def _piece_tokens(self) -> int:
+    def _prompt_tokens(self) -> int:
         """How many prompt tokens a step takes: as many as leave in answers, so that the rows stay full.
 
         More would fill the rows at once and then leave them to decode alone, which wastes arithmetic.
         """
         prompt, answer = self._answers.mean_prompt_tokens, self._answers.mean_answer_tokens
         rows = min(self._limits.max_rows, self._limits.pool_tokens / (prompt + answer))
-        return min(rounded_prompt(math.ceil(rows * prompt / answer)), self._limits.piece_tokens)
+        num_rows = self._num_rows()
+        wanted = rounded_tokens(math.ceil(rows * prompt / answer) + num_rows) - num_rows
+        return min(wanted, self._limits.prompt_tokens(num_rows))
+
+    def _num_rows(self) -> int:
+        """How many rows a step has: one of few numbers, so that few graphs serve all; 0 without any work."""
+        most = len(self._by_row)
+        rows = [work.row for work in filter(None, self._by_row) if work.decodes or work.num_left]
+        if not rows:
+            return 0
+        steps = range(most.bit_length() - 1, -1, -1)
+        halves = (_rounded_up(most >> times, _ROW_STEP) for times in steps)
+        half = next(number for number in halves if number > max(rows))
+        return min(most, half, _rounded_up(max(rows) + 1, _LARGE_ROW_STEP))
 
     def _step(self) -> bool:
         """Launch a step, if there is anything to do; whether it was launched."""
         pieces = self._compose()
-        rows = [w.row for w in self._by_row if w is not None and (w.decodes or w.num_left)]
-        if not rows:
+        num_rows = self._num_rows()
+        if not num_rows:
             return False
-        num_rows = self._rounded_rows(max(rows) + 1)
         num_prompt = sum(num_tokens for _, num_tokens in pieces)
         shape = BatchShape(num_rows, num_prompt + num_rows, 0, 0, 0)
         in_hand = [work.piece(num_tokens) for work, num_tokens in pieces]
@@ -259,7 +271,7 @@ class PackedEngine:
             tokens, sample = self._measured(lambda: self._enter_and_step(in_hand, num_rows), shape)
         if tokens is None:
             self._tally.add_step(sample, self._meter.reserved_bytes(), 0, 0)
-            self._expect_less_of_steps(num_prompt)
+            self._expect_less_of_steps(num_prompt, num_rows)
             return False
         num_decoding = sum(work.decodes for work in filter(None, self._by_row))
         self._tally.add_step(sample, self._meter.reserved_bytes(), num_prompt, num_decoding)
@@ -267,22 +279,17 @@ class PackedEngine:
         self._launched.append(_Arriving(tokens))
         return True
 
-    def _rounded_rows(self, num_rows: int) -> int:
-        """One of few numbers of rows, so that few graphs serve all; what does not live costs little."""
-        most = len(self._by_row)
-        halves = (_rounded_up(most >> times, _ROW_STEP) for times in range(most.bit_length() - 1, -1, -1))
-        return min(most, next(number for number in halves if number >= num_rows))
-
     def _compose(self) -> list[tuple[Work, int]]:
         """The next pieces of prompts and their lengths; requests enter where rows and pool allow."""
-        room = self._piece_tokens()
         pieces: list[tuple[Work, int]] = []
+        taken = 0
         for work in self._to_prefill():
-            num_tokens = min(room, work.num_left)
-            pieces.append((work, num_tokens))
-            room -= num_tokens
-            if not room:
+            # Each that enters may be a row more, and leave less for prompts.
+            num_tokens = min(self._prompt_tokens() - taken, work.num_left)
+            if num_tokens <= 0:
                 break
+            pieces.append((work, num_tokens))
+            taken += num_tokens
         return pieces
 
     def _to_prefill(self) -> Iterator[Work]:
@@ -383,9 +390,9 @@ class PackedEngine:
             self._meter.free()
         return found, sample
 
-    def _expect_less_of_steps(self, num_prompt: int) -> None:
-        if num_prompt > _PIECE_STEP:
-            self._limits = replace(self._limits, piece_tokens=max(_PIECE_STEP, num_prompt // 2))
+    def _expect_less_of_steps(self, num_prompt: int, num_rows: int) -> None:
+        if num_prompt > FEWEST_PROMPT_TOKENS:
+            self._limits = replace(self._limits, step_tokens=(num_prompt + num_rows) // 2)
         elif not self._shrink_pool():
             running = list(filter(None, self._by_row))
             self._begin_anew()

@@ -22,8 +22,8 @@ NO_TOKEN = -1
 
 # As many as the attention kernel has slots for anyway.
 _FEWEST_PIECES = 32
-_SHORT_PROMPT = 512
-_SHORT_STEP, _LONG_STEP = 64, 256
+_FEW_TOKENS = 512
+_SMALL_STEP, _LARGE_STEP = 64, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +109,16 @@ class StepSizes:
 
     def rounded_up(self) -> "StepSizes":
         """One of few sizes, so that few graphs serve all steps. A piece more takes what is filled up."""
-        num_pieces = max(_FEWEST_PIECES, 1 << self.num_pieces.bit_length()) if self.num_pieces else 0
-        return StepSizes(num_pieces, rounded_prompt(self.num_prompt), self.num_rows)
+        if not self.num_prompt:
+            return self
+        num_pieces = max(_FEWEST_PIECES, 1 << self.num_pieces.bit_length())
+        num_prompt = rounded_tokens(self.num_prompt + self.num_rows) - self.num_rows
+        return StepSizes(num_pieces, num_prompt, self.num_rows)
 
 
-def rounded_prompt(num_tokens: int) -> int:
-    """*num_tokens* of prompts rounded up to one of the sizes that steps have."""
-    step = _SHORT_STEP if num_tokens <= _SHORT_PROMPT else _LONG_STEP
+def rounded_tokens(num_tokens: int) -> int:
+    """*num_tokens* of prompts and rows rounded up to one of the sizes that steps have."""
+    step = _SMALL_STEP if num_tokens <= _FEW_TOKENS else _LARGE_STEP
     return -(-num_tokens // step) * step
 
 
