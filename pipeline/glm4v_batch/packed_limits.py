@@ -11,14 +11,14 @@ from glm4v_batch.units import format_bytes
 
 GPU_ROWS = 256
 CPU_ROWS = 32
-MOST_STEP_TOKENS = 2048
+MOST_STEP_TOKENS = 4096
 MOST_PATCHES = 16_384
 FEWEST_PROMPT_TOKENS = 64
 """Of a step that has any."""
 
-# Products of matrices of such sizes leave the fewest multiprocessors idle: a twentieth less time a token
-# than with a quarter of a thousand more.
-_STEP_TOKENS = (128, 256, 512, 1024, MOST_STEP_TOKENS)
+# A step has a multiple of the first up to _FEW_TOKENS, and of the second beyond.
+_FEW_TOKENS = 512
+_TOKEN_STEP, _LARGE_TOKEN_STEP = 64, 128
 # A call of the vision tower has a multiple of the first up to MOST_PATCHES, and of the second beyond.
 _PATCH_STEP, _LARGE_PATCH_STEP = 1024, 2048
 # Smaller calls of the vision tower are slower: the host launches as many kernels for each.
@@ -28,7 +28,9 @@ _MARGIN = 1.05
 _STEPS_AHEAD = 3
 # Requests longer than the typical one must find a place too.
 _POOL_PER_TYPICAL = 1.5
-_WORTH_SMALLER_CALLS = 1.5
+_WORTH_SMALLER_CALLS = 1.15
+# Answers that end early want longer steps than those of full length, worth so much of the pool.
+_WORTH_LONGER_STEPS = 0.95
 _ROW_STEP = 8
 
 
@@ -100,6 +102,30 @@ def filled_up(num_patches: int) -> int:
     return -(-num_patches // step) * step
 
 
+def rounded_tokens(num_tokens: int) -> int:
+    """*num_tokens* of a step rounded up to one of the few sizes that steps have as CUDA graphs."""
+    step = _TOKEN_STEP if num_tokens <= _FEW_TOKENS else _LARGE_TOKEN_STEP
+    return -(-num_tokens // step) * step
+
+
+def steady_tokens(num_tokens: int) -> int:
+    """The size of steps that should have *num_tokens* each, step after step.
+
+    Few take as long as a few more. Of many each takes its time: room that nothing fills costs more than rows
+    that are not quite full.
+    """
+    if num_tokens <= _FEW_TOKENS:
+        return rounded_tokens(num_tokens)
+    return min(MOST_STEP_TOKENS, num_tokens // _LARGE_TOKEN_STEP * _LARGE_TOKEN_STEP)
+
+
+def _step_sizes() -> Iterator[int]:
+    size = 2 * FEWEST_PROMPT_TOKENS
+    while size <= MOST_STEP_TOKENS:
+        yield size
+        size = rounded_tokens(size + 1)
+
+
 def call_sizes(most_patches: int) -> Iterator[int]:
     """All sizes that `filled_up` gives up to *most_patches*, which is one, the largest first."""
     size = most_patches
@@ -109,17 +135,27 @@ def call_sizes(most_patches: int) -> Iterator[int]:
 
 
 def _with_patches(demand: PackedDemand, room_bytes: Sequence[int], patches: int) -> PackedLimits:
-    """With the shortest steps that keep the rows full: longer ones take memory, and fewer rows then fit."""
-    for step_tokens in _STEP_TOKENS:
-        limits = PackedLimits(demand.max_rows, _most_tokens(demand), step_tokens, patches)
-        # Fewer rows than are allowed may be all that the pool has room for, and they take less beside it.
-        for _ in range(2):
-            tokens = [_pool_tokens(limits, *pair) for pair in zip(demand.needs, room_bytes, strict=True)]
-            limits = replace(limits, pool_tokens=min(_most_tokens(demand), *tokens))
-            limits = replace(limits, max_rows=_rows_of(limits, demand))
-        rate = _rate(limits, demand.typical)
-        if limits.pool_tokens and limits.prompt_tokens(limits.max_rows) >= rate:
-            return limits
+    """With the shortest steps that keep the rows full, or longer ones where they cost hardly any memory."""
+    enough = None
+    for step_tokens in _step_sizes():
+        limits = _with_steps(demand, room_bytes, patches, step_tokens)
+        rate = math.ceil(_rate(limits, demand.typical)) + limits.max_rows
+        if enough is None and limits.pool_tokens and step_tokens >= steady_tokens(rate):
+            enough = longest = limits
+        elif enough and limits.pool_tokens >= _WORTH_LONGER_STEPS * enough.pool_tokens:
+            longest = limits
+    return longest if enough else limits
+
+
+def _with_steps(
+    demand: PackedDemand, room_bytes: Sequence[int], patches: int, step_tokens: int
+) -> PackedLimits:
+    limits = PackedLimits(demand.max_rows, _most_tokens(demand), step_tokens, patches)
+    # Fewer rows than are allowed may be all that the pool has room for, and they take less beside it.
+    for _ in range(2):
+        tokens = [_pool_tokens(limits, *pair) for pair in zip(demand.needs, room_bytes, strict=True)]
+        limits = replace(limits, pool_tokens=min(_most_tokens(demand), *tokens))
+        limits = replace(limits, max_rows=_rows_of(limits, demand))
     return limits
 
 

@@ -24,6 +24,8 @@ from tests.gpu.full_size import TINY
 
 ModelSize = Literal["full", "tiny"]
 WORKS = {"w1": w1, "w2": w2}
+BASELINE_REQUESTS = 300
+"""As many as vLLM was measured on. Of W2, 1,500 drawn anew are an eighth more work each: the tail is long."""
 QUESTION = "Why would you say fog, mud make us glum?"
 """40 bytes; with the bundled tokenizer and template the prompt is as long as with the published ones."""
 ROWS_PER_FILE = 64
@@ -65,11 +67,17 @@ def source(folder: Path, name: str, num_rows: int) -> Path:
         return final
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    work = WORKS[name](num_rows)
+    work = work_of(name, num_rows)
     with ProcessPoolExecutor() as pool:
         list(pool.map(partial(_write_file, temporary, work), range(0, num_rows, ROWS_PER_FILE)))
     temporary.rename(final)
     return final
+
+
+def work_of(name: str, num_rows: int) -> Work:
+    """*num_rows* requests of the workload *name*, the first ones again and again beyond BASELINE_REQUESTS."""
+    drawn = WORKS[name](min(num_rows, BASELINE_REQUESTS))
+    return [drawn[row % len(drawn)] for row in range(num_rows)]
 
 
 def _write_file(folder: Path, work: Work, start: int) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, Glm4vConfig
 from glm4v_batch.checkpoint import read_checkpoint
 from glm4v_batch.images import resized_size
 from tests.bench.arithmetic import arithmetic_of
-from tests.bench.inputs import QUESTION, checkpoint, source
+from tests.bench.inputs import QUESTION, checkpoint, source, work_of
 from tests.bench.measure import Figures
 from tests.bench.table import COLUMNS, table
 from tests.bench.utilisation import Utilisation
@@ -104,6 +104,11 @@ def test_every_row_has_an_image_of_its_own_and_the_work_that_it_stands_for(tmp_p
     assert [(*p.size, row["new_tokens"]) for p, row in zip(pictures, rows, strict=True)] == w2(66)
     assert {picture.format for picture in pictures} == {"JPEG"}
     assert len({np.asarray(picture).tobytes() for picture in pictures}) == 66
+
+
+def test_a_long_run_is_the_work_of_the_baseline_over_and_over() -> None:
+    assert work_of("w2", 700) == [*w2(300), *w2(300), *w2(300)[:100]]
+    assert work_of("w2", 66) == w2(66)
 
 
 def test_inputs_are_made_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from glm4v_batch.activations import FloatArray
 from glm4v_batch.engines import EngineEvent
 from glm4v_batch.engines.generate import Vocabulary, ran_out_of_memory
 from glm4v_batch.engines.packed_model import PackedModel
-from glm4v_batch.engines.packed_rows import NO_TOKEN, DecodeRows, Entry, Piece, rounded_tokens
+from glm4v_batch.engines.packed_rows import NO_TOKEN, DecodeRows, Entry, Piece
 from glm4v_batch.engines.packed_tally import Tally
 from glm4v_batch.engines.packed_work import Work, WorkImage, calls, images_of
 from glm4v_batch.engines.stopwatch import Stopwatch
@@ -28,7 +28,7 @@ from glm4v_batch.errors import PlacementError
 from glm4v_batch.intake import Intake
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, Meter
-from glm4v_batch.packed_limits import FEWEST_PROMPT_TOKENS, PackedLimits
+from glm4v_batch.packed_limits import FEWEST_PROMPT_TOKENS, PackedLimits, steady_tokens
 from glm4v_batch.sampling import row_seed
 from glm4v_batch.segments import Segments
 from glm4v_batch.types import BatchShape, BatchStart, Completion, Failure, PeakSample, Request
@@ -242,8 +242,8 @@ class PackedEngine:
         prompt, answer = self._answers.mean_prompt_tokens, self._answers.mean_answer_tokens
         rows = min(self._limits.max_rows, self._limits.pool_tokens / (prompt + answer))
         num_rows = self._num_rows()
-        wanted = rounded_tokens(math.ceil(rows * prompt / answer) + num_rows) - num_rows
-        return min(wanted, self._limits.prompt_tokens(num_rows))
+        wanted = steady_tokens(math.ceil(rows * prompt / answer) + num_rows) - num_rows
+        return max(FEWEST_PROMPT_TOKENS, min(wanted, self._limits.prompt_tokens(num_rows)))
 
     def _num_rows(self) -> int:
         """How many rows a step has: one of few numbers, so that few graphs serve all; 0 without any work."""

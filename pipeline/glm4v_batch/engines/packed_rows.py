@@ -16,14 +16,13 @@ from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.kv_pool import KVPool
 from glm4v_batch.next_tokens import RowHistory, next_tokens
+from glm4v_batch.packed_limits import rounded_tokens
 
 NO_TOKEN = -1
 """Stands for a row that has no next token."""
 
 # As many as the attention kernel has slots for anyway.
 _FEWEST_PIECES = 32
-_FEW_TOKENS = 512
-_SMALL_STEP, _LARGE_STEP = 64, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +113,6 @@ class StepSizes:
         num_pieces = max(_FEWEST_PIECES, 1 << self.num_pieces.bit_length())
         num_prompt = rounded_tokens(self.num_prompt + self.num_rows) - self.num_rows
         return StepSizes(num_pieces, num_prompt, self.num_rows)
-
-
-def rounded_tokens(num_tokens: int) -> int:
-    """*num_tokens* of prompts and rows rounded up to one of the sizes that steps have."""
-    step = _SMALL_STEP if num_tokens <= _FEW_TOKENS else _LARGE_STEP
-    return -(-num_tokens // step) * step
 
 
 class _Numbers(NamedTuple):
