@@ -16,9 +16,10 @@ MOST_PATCHES = 16_384
 FEWEST_PROMPT_TOKENS = 64
 """Of a step that has any."""
 
-# A step has a multiple of the first up to _FEW_TOKENS, and of the second beyond.
+# Steps have sizes this far apart, and from _FEW_TOKENS on a sixteenth of the next power of two.
+_TOKEN_STEP = 64
+# So few take hardly less time than a few more: the weights are read all the same.
 _FEW_TOKENS = 512
-_TOKEN_STEP, _LARGE_TOKEN_STEP = 64, 128
 # A call of the vision tower has a multiple of the first up to MOST_PATCHES, and of the second beyond.
 _PATCH_STEP, _LARGE_PATCH_STEP = 1024, 2048
 # Smaller calls of the vision tower are slower: the host launches as many kernels for each.
@@ -104,19 +105,24 @@ def filled_up(num_patches: int) -> int:
 
 def rounded_tokens(num_tokens: int) -> int:
     """*num_tokens* of a step rounded up to one of the few sizes that steps have as CUDA graphs."""
-    step = _TOKEN_STEP if num_tokens <= _FEW_TOKENS else _LARGE_TOKEN_STEP
+    step = _step_between(num_tokens)
     return -(-num_tokens // step) * step
+
+
+def _step_between(num_tokens: int) -> int:
+    power_of_two = 1 << (num_tokens - 1).bit_length()
+    return max(_TOKEN_STEP, power_of_two // 16)
 
 
 def steady_tokens(num_tokens: int) -> int:
     """The size of steps that should have *num_tokens* each, step after step.
 
-    Few take as long as a few more. Of many each takes its time: room that nothing fills costs more than rows
-    that are not quite full.
+    Of many each takes its time: room that nothing fills costs more than rows that are not quite full.
     """
     if num_tokens <= _FEW_TOKENS:
         return rounded_tokens(num_tokens)
-    return min(MOST_STEP_TOKENS, num_tokens // _LARGE_TOKEN_STEP * _LARGE_TOKEN_STEP)
+    step = _step_between(num_tokens)
+    return min(MOST_STEP_TOKENS, num_tokens // step * step)
 
 
 def _step_sizes() -> Iterator[int]:

@@ -19,7 +19,7 @@ from glm4v_batch.images import resized_size
 from glm4v_batch.report import read_report, read_runs
 from glm4v_batch.types import BatchRun
 from tests.bench.arithmetic import H100_FLOP_PER_SECOND, arithmetic_of
-from tests.bench.inputs import WORKS
+from tests.bench.inputs import work_of
 from tests.bench.utilisation import Utilisation, watching
 
 GIB = 1 << 30
@@ -117,7 +117,7 @@ def write_job(path: Path, setup: Setup, model: Path, source: Path, out: Path) ->
     """The job of *setup*, each row's answer as long as its column says."""
     use: str | list[int] = list(range(setup.num_devices)) or "cpu"
     devices = {"use": use} | ({} if setup.cap_gib is None else {"memory_limit_gib": setup.cap_gib})
-    longest = max(tokens for _, _, tokens in WORKS[setup.work](setup.num_rows))
+    longest = max(tokens for _, _, tokens in work_of(setup.work, setup.num_rows))
     job = {
         "name": "bench",
         "source": {"kind": "parquet", "path": f"{source}/*.parquet", "id": "id"},
@@ -199,7 +199,7 @@ def _answers(out: Path) -> list[dict[str, Any]]:
 
 
 def _wrong_lengths(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> int:
-    wanted = [tokens for _, _, tokens in WORKS[setup.work](setup.num_rows)]
+    wanted = [tokens for _, _, tokens in work_of(setup.work, setup.num_rows)]
     pairs = zip(rows, wanted, strict=True)
     return sum(row["status"] == "ok" and row["completion_tokens"] != tokens for row, tokens in pairs)
 
@@ -209,7 +209,7 @@ def _flop(setup: Setup, model: Path, rows: Sequence[Mapping[str, Any]]) -> int:
     arithmetic = arithmetic_of(AutoConfig.from_pretrained(model).to_dict())
     processing = read_checkpoint(model).images
     total = 0
-    for row, (width, height, new_tokens) in zip(rows, WORKS[setup.work](setup.num_rows), strict=True):
+    for row, (width, height, new_tokens) in zip(rows, work_of(setup.work, setup.num_rows), strict=True):
         if row["status"] == "ok":
             high, wide = (side // processing.patch_size for side in resized_size(height, width, processing))
             total += arithmetic.request(high * wide, row["prompt_tokens"], new_tokens)
