@@ -402,6 +402,60 @@ class ReplayedOnTheHost(Graphs[Any]):
         return Graph(), found
 
 
+def steps_of(engine: PackedEngine) -> list[tuple[int, int]]:
+    """Prompt tokens and rows of each step that *engine* takes from now on."""
+    taken = []
+    step = engine._rows.step
+
+    def noted(pieces: Sequence[Any], num_rows: int) -> Tensor:
+        taken.append((sum(len(piece.input_ids) for piece in pieces), num_rows))
+        return step(pieces, num_rows)
+
+    engine._rows.step = noted  # type: ignore[method-assign]
+    return taken
+
+
+@pytest.mark.parametrize("limits", [FEW, LIMITS, PackedLimits(200, 1 << 14, 320, 2048)])
+def test_a_step_has_no_more_tokens_than_it_may_and_rows_of_few_numbers(limits: PackedLimits) -> None:
+    engine = packed_engine("caption", limits=limits)
+    taken = steps_of(engine)
+
+    done = texts(engine.run(iter(sample("caption")[1][:120])))
+
+    assert len(done) == 120
+    assert max(prompt + rows for prompt, rows in taken) <= limits.step_tokens
+    # Those are all that graphs are made for.
+    assert {rows for _, rows in taken} <= {8, 16, 32, 56, 64, 96, 104, 128, 160, 192, 200, limits.max_rows}
+    assert any(prompt and rows for prompt, rows in taken)
+
+
+def test_room_for_prompts_that_many_rows_leave_is_never_none() -> None:
+    assert [PackedLimits(256, 1, 512, 1).prompt_tokens(rows) for rows in (0, 8, 448, 500, 600)] == [
+        512, 504, 64, 64, 64,
+    ]  # fmt: skip
+
+
+def sized(name: str, prompt_tokens: int, new_tokens: int) -> Request:
+    """A request of words alone."""
+    words = np.full(prompt_tokens, 30, np.int32)
+    inputs = ModelInputs(words, np.zeros((0, 588), np.uint8), ())
+    return Request(name, "c", int(name), prompt_tokens, 0, new_tokens, inputs)
+
+
+def test_who_finds_no_room_lets_a_few_pass_but_not_for_ever() -> None:
+    model, vocabulary = random_model("glm4v"), small_vocabulary()
+    # No token ends an answer, so that all are as long as allowed.
+    vocabulary = replace(vocabulary, eos_token_ids=(model.config.text_config.vocab_size,))
+    limits = PackedLimits(max_rows=16, pool_tokens=100, step_tokens=128, patches=64)
+    # While the first runs, the second finds no room, and the small ones do.
+    requests = [sized("0", 30, 40), sized("1", 60, 10), *(sized(f"{row}", 5, 10) for row in range(2, 100))]
+
+    found = list(ends(small_engine(model, vocabulary, limits).run(requests)))
+
+    assert len(found) == 100
+    assert 4 <= found.index(1) <= packed._MOST_PASSING + packed._LOOK_AHEAD
+
+
 @pytest.mark.parametrize("limits", [LIMITS, FEW, replace(LIMITS, max_rows=5, step_tokens=192)])
 def test_work_filled_up_to_sizes_that_were_recorded_writes_the_same(
     limits: PackedLimits, monkeypatch: pytest.MonkeyPatch

@@ -8,12 +8,15 @@ from glm4v_batch.activations import feature_token_bytes, packed_coefficients, po
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.packed_limits import (
     MOST_PATCHES,
+    MOST_STEP_TOKENS,
     PackedDemand,
     PackedNeeds,
     call_sizes,
     filled_up,
     packed_limits,
     peak_bytes,
+    rounded_tokens,
+    steady_tokens,
 )
 from glm4v_batch.types import RequestSize
 from glm4v_batch.units import GIB
@@ -61,6 +64,27 @@ def test_a_pool_is_no_larger_than_the_rows_can_fill() -> None:
     limits = packed_limits(DEMAND, [100 * GIB])
 
     assert limits.pool_tokens == 256 * 1169 * 3 // 2
+
+
+@given(num_tokens=st.integers(1, MOST_STEP_TOKENS))
+def test_a_step_is_filled_up_to_one_of_few_sizes(num_tokens: int) -> None:
+    size = rounded_tokens(num_tokens)
+
+    assert num_tokens <= size < num_tokens + max(64, num_tokens / 8)
+    assert rounded_tokens(size) == steady_tokens(size) == size
+    # What comes step after step is not filled up, once it is much.
+    assert 7 / 8 * num_tokens <= steady_tokens(num_tokens) <= max(num_tokens, 512)
+    assert len({rounded_tokens(number) for number in range(1, MOST_STEP_TOKENS + 1)}) == 32
+
+
+def test_steps_are_as_long_as_rows_want_and_longer_where_memory_is_plenty() -> None:
+    tight, plenty = (packed_limits(DEMAND, [room * GIB]) for room in (4, 40))
+
+    for limits in (tight, plenty):
+        rows = min(limits.max_rows, limits.pool_tokens / 1169)
+        assert limits.prompt_tokens(limits.max_rows) >= 7 / 8 * rows * 1041 / 128
+    assert tight.step_tokens < 1500
+    assert plenty.step_tokens == MOST_STEP_TOKENS
 
 
 @given(room_mib=st.integers(0, 80_000))

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from operator import gt
 
 import torch
@@ -40,6 +41,9 @@ _REPORT_SECONDS = 1.0
 _MOST_AHEAD = 32
 # Among so many calls' patches there are small images to fill up a call with: a fiftieth of it stays empty.
 _CALLS_AHEAD = 4
+# Who finds no stretch of the pool long enough lets so many of the next pass, so many times.
+_LOOK_AHEAD = 8
+_MOST_PASSING = 32
 _CROWDED_FRACTION = 0.98
 # So many answers are taken to be as long as allowed, until real ones say how long they are.
 _GUESSED_ANSWERS = 4
@@ -90,6 +94,7 @@ class PackedEngine:
         self._prefilling: deque[Work] = deque()
         self._entering: list[Work] = []
         self._launched: deque[_Arriving] = deque()
+        self._num_passing = 0
         self._segments = Segments(limits.pool_tokens)
         model = self._model
         # A place of its own for each row that does not live, and one for padding.
@@ -294,8 +299,17 @@ class PackedEngine:
 
     def _to_prefill(self) -> Iterator[Work]:
         yield from list(self._prefilling)
-        while not self._is_draining and self._encoded and self._enter(self._encoded[0]):
-            yield self._prefilling[-1]
+        while not self._is_draining and (work := self._next_that_fits()):
+            yield work
+
+    def _next_that_fits(self) -> Work | None:
+        """The first in the queue, or, where the pool has no room for it, one of the next, so many times."""
+        candidates = list(islice(self._encoded, _LOOK_AHEAD))
+        for place, work in enumerate(candidates if self._num_passing < _MOST_PASSING else candidates[:1]):
+            if self._enter(work):
+                self._num_passing = self._num_passing + 1 if place else 0
+                return work
+        return None
 
     def _enter(self, work: Work) -> bool:
         if sum(other is not None for other in self._by_row) >= self._limits.max_rows:
@@ -304,7 +318,7 @@ class PackedEngine:
         if start is None:
             self._refuse_too_long(work)
             return False
-        self._encoded.popleft()
+        self._encoded.remove(work)
         work.row, work.pool_start = self._by_row.index(None), start
         self._by_row[work.row] = work
         self._prefilling.append(work)
@@ -318,7 +332,7 @@ class PackedEngine:
             if not any(self._by_row):
                 self._fill_as_at_first()
             return
-        self._encoded.popleft()
+        self._encoded.remove(work)
         most = self._limits.pool_tokens
         self._fail(work, f"{work.num_pool_tokens:,} tokens of prompt and answer; the KV cache holds {most:,}")
 

@@ -1,6 +1,7 @@
 """Work of the packed engine as CUDA graphs: what the host would launch kernel by kernel starts at once."""
 
 import gc
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from glm4v_batch.engines.generate import ran_out_of_memory
+
+_log = logging.getLogger(__name__)
 
 RUNS_TO_RECORD = 2
 """A size is recorded at its second run: what the first one makes, as kernels, CUDA does not record."""
@@ -84,6 +87,10 @@ class Graphs(Generic[_Given]):
             if not ran_out_of_memory(error):
                 raise
             # Without graphs the same memory serves steps and images.
+            _log.warning(
+                "Recording a CUDA graph ran out of memory: from now on the host launches kernel by kernel, "
+                "which is slower. A lower devices.memory_fraction leaves room."
+            )
             self._may_capture = False
             self.forget()
         return given.size in self._graphs
