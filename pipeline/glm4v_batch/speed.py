@@ -18,7 +18,7 @@ from glm4v_batch.survey import Survey
 from glm4v_batch.types import BatchRun, Device, RequestSize
 
 _GPU_FLOPS_PER_SECOND = 1e14
-_PACKED_FLOPS_PER_SECOND = 1.7e14
+_PACKED_FLOPS_PER_SECOND = 2.4e14
 _CPU_FLOPS_PER_SECOND = 1e11
 _STEP_SECONDS_PER_LAYER = 2e-3
 _PACKED_STEP_SECONDS_PER_LAYER = 3e-4
@@ -115,7 +115,7 @@ def prior_seconds(
     `generate()` was measured to do 220 (vision) to 400 (prefill) of them a second on an H100; cards of
     24 GB have about a tenth of its speed by their data sheets; the guess stands between. A decode step
     is bound by launches from Python: 46 to 185 ms were measured for 40 layers. The packed engine does
-    470 of them a second on that H100, and a step without prompts took 10 to 15 ms.
+    520 of them a second on that H100, and a step without prompts took 7 to 15 ms.
     """
     gpu_speed = _PACKED_FLOPS_PER_SECOND if is_packed else _GPU_FLOPS_PER_SECOND
     layer_seconds = _PACKED_STEP_SECONDS_PER_LAYER if is_packed else _STEP_SECONDS_PER_LAYER
