@@ -195,10 +195,15 @@ def peak_bytes(limits: PackedLimits, needs: PackedNeeds) -> float:
     """
     shapes = (
         BatchShape(0, 0, limits.patches, 0, 0),
-        BatchShape(limits.max_rows, limits.prompt_tokens(limits.max_rows) + limits.max_rows, 0, 0, 0),
+        BatchShape(limits.max_rows, _most_step_tokens(limits), 0, 0, 0),
     )
     works = sum(bytes_of(shape, needs, phase) for phase, shape in enumerate(shapes))
     return works + _feature_bytes(limits, needs)
+
+
+def _most_step_tokens(limits: PackedLimits) -> int:
+    """Of a step of all rows, filled up."""
+    return rounded_tokens(limits.prompt_tokens(limits.max_rows) + limits.max_rows)
 
 
 def _pool_tokens(limits: PackedLimits, needs: PackedNeeds, room_bytes: int) -> int:
