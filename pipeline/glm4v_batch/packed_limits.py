@@ -1,6 +1,7 @@
 """How much the packed engine may have in hand at once, so that everything fits each device of a replica."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ class PackedLimits:
 
     max_rows      requests that prefill or decode
     pool_tokens   tokens of all of them in the KV pool
-    step_tokens   tokens of one step: one for each row, and of prompts what is left
+    step_tokens   tokens of one step: one for each row, and of prompts what is left, 64 at least
     patches       patches of one call of the vision tower; one larger image goes alone
     """
 
@@ -90,9 +91,10 @@ def packed_limits(demand: PackedDemand, room_bytes: Sequence[int]) -> PackedLimi
     largest = max(1, demand.image_patches)
     for patches in dict.fromkeys(filled_up(max(largest, patches)) for patches in _PATCHES):
         found = _with_patches(demand, room_bytes, patches)
-        if found.pool_tokens > _WORTH_SMALLER_CALLS * best.pool_tokens:
+        is_needed = _holds_worst(found, demand) and not _holds_worst(best, demand)
+        if is_needed or found.pool_tokens > _WORTH_SMALLER_CALLS * best.pool_tokens:
             best = found
-    if best.pool_tokens < tokens_of(demand.worst):
+    if not _holds_worst(best, demand):
         raise _no_room(tokens_of(demand.worst), best, room_bytes)
     return best
 
@@ -125,6 +127,11 @@ def steady_tokens(num_tokens: int) -> int:
     return min(MOST_STEP_TOKENS, num_tokens // step * step)
 
 
+def shorter_step(num_tokens: int) -> int:
+    """The longest size of steps of at most *num_tokens*, or the shortest of all."""
+    return max((size for size in _step_sizes() if size <= num_tokens), default=FEWEST_PROMPT_TOKENS)
+
+
 def _step_sizes() -> Iterator[int]:
     size = 2 * FEWEST_PROMPT_TOKENS
     while size <= MOST_STEP_TOKENS:
@@ -141,28 +148,47 @@ def call_sizes(most_patches: int) -> Iterator[int]:
 
 
 def _with_patches(demand: PackedDemand, room_bytes: Sequence[int], patches: int) -> PackedLimits:
-    """With the shortest steps that keep the rows full, or longer ones where they cost hardly any memory."""
-    enough = None
-    for step_tokens in _step_sizes():
-        limits = _with_steps(demand, room_bytes, patches, step_tokens)
-        rate = math.ceil(_rate(limits, demand.typical)) + limits.max_rows
-        if enough is None and limits.pool_tokens and step_tokens >= steady_tokens(rate):
-            enough = longest = limits
-        elif enough and limits.pool_tokens >= _WORTH_LONGER_STEPS * enough.pool_tokens:
-            longest = limits
-    return longest if enough else limits
+    """With the shortest steps that keep the rows full, or longer ones where they cost hardly any memory.
+
+    Where no size of steps leaves the pool room for the worst request, with the shortest.
+    """
+    found = [_with_steps(demand, room_bytes, patches, step_tokens) for step_tokens in _step_sizes()]
+    holding = [limits for limits in found if _holds_worst(limits, demand)]
+    if not holding:
+        return found[0]
+    enough = next((limits for limits in holding if _is_enough(limits, demand)), holding[-1])
+    worth = _WORTH_LONGER_STEPS * enough.pool_tokens
+    return [
+        limits
+        for limits in holding
+        if limits.step_tokens >= enough.step_tokens and limits.pool_tokens >= worth
+    ][-1]
+
+
+def _holds_worst(limits: PackedLimits, demand: PackedDemand) -> bool:
+    return limits.pool_tokens >= tokens_of(demand.worst)
+
+
+def _is_enough(limits: PackedLimits, demand: PackedDemand) -> bool:
+    """Whether steps take as many prompt tokens as rows let in, or all that the pool holds."""
+    rate = math.ceil(_rate(limits, demand.typical)) + limits.max_rows
+    return limits.step_tokens >= min(steady_tokens(rate), limits.pool_tokens)
 
 
 def _with_steps(
     demand: PackedDemand, room_bytes: Sequence[int], patches: int, step_tokens: int
 ) -> PackedLimits:
-    limits = PackedLimits(demand.max_rows, _most_tokens(demand), step_tokens, patches)
+    limits = PackedLimits(demand.max_rows, 0, step_tokens, patches)
     # Fewer rows than are allowed may be all that the pool has room for, and they take less beside it.
     for _ in range(2):
-        tokens = [_pool_tokens(limits, *pair) for pair in zip(demand.needs, room_bytes, strict=True)]
-        limits = replace(limits, pool_tokens=min(_most_tokens(demand), *tokens))
+        limits = _with_pool(limits, demand, room_bytes)
         limits = replace(limits, max_rows=_rows_of(limits, demand))
-    return limits
+    return _with_pool(limits, demand, room_bytes)
+
+
+def _with_pool(limits: PackedLimits, demand: PackedDemand, room_bytes: Sequence[int]) -> PackedLimits:
+    tokens = [_pool_tokens(limits, *pair) for pair in zip(demand.needs, room_bytes, strict=True)]
+    return replace(limits, pool_tokens=min(_most_tokens(demand), *tokens))
 
 
 def _rows_of(limits: PackedLimits, demand: PackedDemand) -> int:
@@ -210,8 +236,8 @@ def _pool_tokens(limits: PackedLimits, needs: PackedNeeds, room_bytes: int) -> i
     room = room_bytes - _MARGIN * peak_bytes(limits, needs)
     if room < 0:
         return 0
-    # A device without layers holds nothing of the pool.
-    return int(room / needs.pool_token_bytes) if needs.pool_token_bytes else limits.pool_tokens
+    # A device without layers holds nothing of the pool, however large.
+    return int(room / needs.pool_token_bytes) if needs.pool_token_bytes else sys.maxsize
 
 
 def bytes_of(shape: BatchShape, needs: PackedNeeds, phase: int) -> float:

@@ -62,7 +62,9 @@ def _never_end(folder: Path) -> None:
 
 def source(folder: Path, name: str, num_rows: int) -> Path:
     """The workload *name* as Parquet files below *folder*: id, image, question, new_tokens."""
-    final, temporary = folder / f"{name}-{num_rows}", folder / f"{name}-{num_rows}.tmp"
+    # Of which draw is part of its name: they differ.
+    drawn = f"{name}-{num_rows}-of-{min(num_rows, BASELINE_REQUESTS)}"
+    final, temporary = folder / drawn, folder / f"{drawn}.tmp"
     if final.is_dir():
         return final
     shutil.rmtree(temporary, ignore_errors=True)

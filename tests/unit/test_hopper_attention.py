@@ -64,7 +64,7 @@ def compiled(dtype: str, width: int) -> tuple[str, int]:
 
 
 @pytest.fixture
-def kernels() -> Any:
+def kernels() -> Iterator[Any]:
     """The module of all kernels, which has not looked for this one yet."""
     attention_kernel._hopper_kernel.cache_clear()
     yield attention_kernel
@@ -86,6 +86,7 @@ def test_other_cards_have_the_kernel_for_all_cards(
 
 def test_hopper_has_it(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(hopper_attention, "attend_images", lambda *_: None)
 
     assert find(kernels) is hopper_attention

@@ -1,5 +1,7 @@
 """What is measured on a device."""
 
+import time
+
 import numpy as np
 
 from glm4v_batch.meters import HostMeter
@@ -10,7 +12,10 @@ def test_the_host_meter_sees_a_peak_that_is_gone_again() -> None:
     (before,) = meter.held_bytes()
 
     with meter.watch():
-        np.ones(200 << 20, np.uint8)
+        held = np.ones(200 << 20, np.uint8)
+        # The meter looks now and then.
+        time.sleep(0.3)
+        del held
 
     (peak,) = meter.peak_bytes()
     (limit,) = meter.limit_bytes()

@@ -415,12 +415,18 @@ def steps_of(engine: PackedEngine) -> list[tuple[int, int]]:
     return taken
 
 
-@pytest.mark.parametrize("limits", [FEW, LIMITS, PackedLimits(200, 1 << 14, 320, 2048)])
-def test_a_step_has_no_more_tokens_than_it_may_and_rows_of_few_numbers(limits: PackedLimits) -> None:
+@pytest.mark.parametrize("new_tokens", [1, 64])
+@pytest.mark.parametrize(
+    "limits", [FEW, LIMITS, PackedLimits(32, 1 << 14, 320, 2048), PackedLimits(200, 1 << 14, 320, 2048)]
+)
+def test_a_step_has_no_more_tokens_than_it_may_and_rows_of_few_numbers(
+    limits: PackedLimits, new_tokens: int
+) -> None:
     engine = packed_engine("caption", limits=limits)
+    requests = [replace(request, max_new_tokens=new_tokens) for request in sample("caption")[1][:120]]
     taken = steps_of(engine)
 
-    done = texts(engine.run(iter(sample("caption")[1][:120])))
+    done = texts(engine.run(iter(requests)))
 
     assert len(done) == 120
     assert max(prompt + rows for prompt, rows in taken) <= limits.step_tokens

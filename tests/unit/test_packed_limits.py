@@ -1,7 +1,9 @@
 """What the packed engine may have in hand: it fits, it is worth having, or it is refused."""
 
+from dataclasses import replace
+
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from glm4v_batch.activations import feature_token_bytes, packed_coefficients, pool_token_bytes
@@ -10,12 +12,14 @@ from glm4v_batch.packed_limits import (
     MOST_PATCHES,
     MOST_STEP_TOKENS,
     PackedDemand,
+    PackedLimits,
     PackedNeeds,
     call_sizes,
     filled_up,
     packed_limits,
     peak_bytes,
     rounded_tokens,
+    shorter_step,
     steady_tokens,
 )
 from glm4v_batch.types import RequestSize
@@ -87,17 +91,43 @@ def test_steps_are_as_long_as_rows_want_and_longer_where_memory_is_plenty() -> N
     assert plenty.step_tokens == MOST_STEP_TOKENS
 
 
-@given(room_mib=st.integers(0, 80_000))
-def test_what_is_allowed_fits_or_is_refused(room_mib: int) -> None:
+@given(
+    room_mib=st.integers(0, 80_000),
+    max_rows=st.sampled_from([1, 8, 256, 1000, 4000]),
+    prompt=st.integers(20, 6000),
+    answer=st.integers(1, 2000),
+)
+@example(room_mib=2300, max_rows=256, prompt=1041, answer=1)
+@example(room_mib=1822, max_rows=256, prompt=1041, answer=128)
+@example(room_mib=1730, max_rows=4000, prompt=20, answer=128)
+@example(room_mib=1650, max_rows=256, prompt=200, answer=1)
+def test_what_is_allowed_fits_or_is_refused(room_mib: int, max_rows: int, prompt: int, answer: int) -> None:
+    worst = RequestSize(6200, 24576, answer)
+    demand = PackedDemand((NEEDS,), max_rows, RequestSize(prompt, 3996, answer), worst, 24576)
     room = room_mib * 1024**2
     try:
-        limits = packed_limits(DEMAND, [room])
+        limits = packed_limits(demand, [room])
     except PlacementError:
-        assert room < 4 * GIB
+        # Nor does the least that there is: the shortest steps of the fewest rows.
+        least = PackedLimits(8, 6200 + answer, 128, 24576)
+        assert 1.06 * peak_bytes(least, NEEDS) + least.pool_tokens * NEEDS.pool_token_bytes > room
         return
 
     assert peak_bytes(limits, NEEDS) + limits.pool_tokens * NEEDS.pool_token_bytes <= room
-    assert limits.pool_tokens >= 6328
+    assert limits.pool_tokens >= 6200 + answer
+
+
+def test_a_device_without_layers_leaves_the_pool_as_large_as_the_others_allow() -> None:
+    tower = replace(NEEDS, pool_token_bytes=0.0)
+    two = PackedDemand((tower, NEEDS), 256, DEMAND.typical, DEMAND.worst, 24576)
+
+    assert packed_limits(two, [4 * GIB, 4 * GIB]) == packed_limits(DEMAND, [4 * GIB])
+
+
+def test_after_memory_ran_out_steps_have_a_size_that_graphs_are_made_for() -> None:
+    numbers = (4000, 1090, 700, 128, 100, 3)
+
+    assert [shorter_step(number) for number in numbers] == [3840, 1024, 640, 128, 64, 64]
 
 
 def test_the_tightest_device_decides() -> None:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glm4v_batch.engines.generate import ran_out_of_memory
 from glm4v_batch.engines.packed_attention import Sequences
 
 _log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ def attend_pieces(
 ) -> None:
     """Write to *answer* [T, H, D] what *query* [T, H, D] finds in *keys* and *values* [P, K, D].
 
-    Nothing is read of the pool beyond each sequence's own keys. A query that sees no key finds zeros.
+    Nothing of the pool beyond each sequence's own keys counts, whatever it is. A query that sees no key finds
+    zeros; where nothing is causal each sequence has a key.
     """
     num_tokens, num_heads, width = query.shape
     num_sequences = len(sequences.key_counts)
@@ -79,10 +81,12 @@ def _hopper_kernel(device: torch.device, dtype: torch.dtype, width: int) -> Any:
         from glm4v_batch.engines import hopper_attention
 
         if hopper_attention.serves(some, some, some):
-            hopper_attention.attend_images(some, some, some, some, Sequences(ends, ends[:1], ends[1:]), 1.0)
+            one = Sequences(ends, ends[:-1], ends.diff())
+            hopper_attention.attend_images(some, some, some, some, one, 1.0)
+            torch.cuda.synchronize(device)
     # Gluon is Triton's experiment: any release may change it, and fail in ways of its own.
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, RuntimeError) and ran_out_of_memory(error):
             raise
         _log.warning(
             "Images attend by a slower kernel: Triton %s refuses ours. %s", triton.__version__, error

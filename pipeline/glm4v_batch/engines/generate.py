@@ -39,6 +39,7 @@ _DISGUISED = (
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "HIP out of memory",
     "DefaultCPUAllocator: can't allocate memory",
 )

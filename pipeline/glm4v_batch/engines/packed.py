@@ -29,7 +29,7 @@ from glm4v_batch.errors import PlacementError
 from glm4v_batch.intake import Intake
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, Meter
-from glm4v_batch.packed_limits import FEWEST_PROMPT_TOKENS, PackedLimits, steady_tokens
+from glm4v_batch.packed_limits import FEWEST_PROMPT_TOKENS, PackedLimits, shorter_step, steady_tokens
 from glm4v_batch.sampling import row_seed
 from glm4v_batch.segments import Segments
 from glm4v_batch.types import BatchShape, BatchStart, Completion, Failure, PeakSample, Request
@@ -286,16 +286,12 @@ class PackedEngine:
 
     def _compose(self) -> list[tuple[Work, int]]:
         """The next pieces of prompts and their lengths; requests enter where rows and pool allow."""
-        pieces: list[tuple[Work, int]] = []
-        taken = 0
-        for work in self._to_prefill():
-            # Each that enters may be a row more, and leave less for prompts.
-            num_tokens = min(self._prompt_tokens() - taken, work.num_left)
-            if num_tokens <= 0:
-                break
-            pieces.append((work, num_tokens))
-            taken += num_tokens
-        return pieces
+        works: list[Work] = []
+        ready = self._to_prefill()
+        while sum(work.num_left for work in works) < self._prompt_tokens() and (work := next(ready, None)):
+            works.append(work)
+        # Those that entered may have made the rows more, and left less for prompts.
+        return list(_cut(works, self._prompt_tokens()))
 
     def _to_prefill(self) -> Iterator[Work]:
         yield from list(self._prefilling)
@@ -406,7 +402,8 @@ class PackedEngine:
 
     def _expect_less_of_steps(self, num_prompt: int, num_rows: int) -> None:
         if num_prompt > FEWEST_PROMPT_TOKENS:
-            self._limits = replace(self._limits, step_tokens=(num_prompt + num_rows) // 2)
+            most = min(self._limits.step_tokens, (num_prompt + num_rows) // 2)
+            self._limits = replace(self._limits, step_tokens=shorter_step(most))
         elif not self._shrink_pool():
             running = list(filter(None, self._by_row))
             self._begin_anew()
@@ -542,6 +539,14 @@ def _fits(do: Callable[[], None]) -> bool:
             raise
         return False
     return True
+
+
+def _cut(works: Sequence[Work], num_tokens: int) -> Iterator[tuple[Work, int]]:
+    """The pieces of the first *num_tokens* tokens that *works* have left."""
+    for work in works:
+        if size := min(num_tokens, work.num_left):
+            yield work, size
+            num_tokens -= size
 
 
 def _rounded_up(number: int, step: int) -> int:

@@ -12,7 +12,14 @@ from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.engines.packed_rows import DecodeRows, Piece
 from glm4v_batch.kv_pool import KVPool
 from glm4v_batch.memory import Meter
-from glm4v_batch.packed_limits import MOST_PATCHES, MOST_STEP_TOKENS, PackedDemand, PackedNeeds, bytes_of
+from glm4v_batch.packed_limits import (
+    FEWEST_PROMPT_TOKENS,
+    MOST_PATCHES,
+    MOST_STEP_TOKENS,
+    PackedDemand,
+    PackedNeeds,
+    bytes_of,
+)
 from glm4v_batch.types import BatchShape
 
 _FEW_ROWS = 8
@@ -38,7 +45,7 @@ def warm_up(model: PackedModel, make_rows: MakeRows, demand: PackedDemand, meter
     work = _Work(model, make_rows, demand.max_rows)
     encoding, stepping, decoding = (_Twice(do, meter) for do in (work.encode, work.step, work.decode))
     vision = BatchShape(0, 0, work.num_patches, 0, 0)
-    step = BatchShape(demand.max_rows, MOST_STEP_TOKENS, 0, 0, 0)
+    step = BatchShape(demand.max_rows, work.num_prompt + demand.max_rows, 0, 0, 0)
     needs = _scaled(demand.needs, 0, vision, encoding.taken_bytes)
     needs = _scaled(needs, 1, step, stepping.taken_bytes)
     compile_seconds = encoding.compile_seconds + stepping.compile_seconds + decoding.compile_seconds
@@ -65,7 +72,8 @@ class _Work:
     def __init__(self, model: PackedModel, make_rows: MakeRows, max_rows: int) -> None:
         self._model = model
         self._max_rows = max_rows
-        self._pool = model.make_pool(MOST_STEP_TOKENS, max_rows + 1)
+        self.num_prompt = max(FEWEST_PROMPT_TOKENS, MOST_STEP_TOKENS - max_rows)
+        self._pool = model.make_pool(self.num_prompt, max_rows + 1)
         self._rows = make_rows(self._pool, max_rows)
         merge = model.merge_size
         side = math.isqrt(MOST_PATCHES // 4) // merge * merge
@@ -77,7 +85,7 @@ class _Work:
         self._model.encode([self._patches] * 4, [self._grid] * 4)
 
     def step(self) -> None:
-        size = MOST_STEP_TOKENS - self._max_rows
+        size = self.num_prompt
         none = torch.zeros(0, dtype=torch.int64)
         places = torch.arange(size).expand(3, -1)
         piece = Piece(0, torch.zeros(size, dtype=torch.int64), places, none, None, 0, 0, ends_prompt=False)
