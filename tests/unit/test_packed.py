@@ -386,6 +386,26 @@ def ends(events: Any) -> dict[int, tuple[str, str]]:
     return {event.row: (event.text, event.finish_reason) for event in completions}
 
 
+def test_where_recording_runs_out_of_memory_work_goes_on_without_graphs_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def run_out(_: Any, given: Any) -> Any:
+        tried.append(given.size)
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(PackedModel, "has_graphs", True)
+    monkeypatch.setattr(Graphs, "_capture", run_out)
+    requests = sample("caption")[1][:20]
+
+    found = texts(packed_engine("caption", limits=FEW).run(iter(requests)))
+
+    assert found == texts(answers("caption", requests))
+    assert len(tried) == 1
+    assert caplog.text.count("Recording a CUDA graph ran out of memory") == 1
+
+
 class ReplayedOnTheHost(Graphs[Any]):
     """Graphs whose replay computes again what is in the buffers: a CPU records nothing."""
 
@@ -453,13 +473,15 @@ def test_who_finds_no_room_lets_a_few_pass_but_not_for_ever() -> None:
     # No token ends an answer, so that all are as long as allowed.
     vocabulary = replace(vocabulary, eos_token_ids=(model.config.text_config.vocab_size,))
     limits = PackedLimits(max_rows=16, pool_tokens=100, step_tokens=128, patches=64)
-    # While the first runs, the second finds no room, and the small ones do.
-    requests = [sized("0", 30, 40), sized("1", 60, 10), *(sized(f"{row}", 5, 10) for row in range(2, 100))]
+    # Small ones of many lengths fill the pool. The large one finds no room unless they stop passing it.
+    small = [sized(f"{row}", 5, 6 + row % 7) for row in range(200)]
+    requests = [*small[:8], sized("200", 60, 10), *small[8:]]
 
     found = list(ends(small_engine(model, vocabulary, limits).run(requests)))
 
-    assert len(found) == 100
-    assert 4 <= found.index(1) <= packed._MOST_PASSING + packed._LOOK_AHEAD
+    assert len(found) == 201
+    # Of those before it 8, 32 that may pass it, and some that leave their room to it.
+    assert 16 < found.index(200) <= 48
 
 
 @pytest.mark.parametrize("limits", [LIMITS, FEW, replace(LIMITS, max_rows=5, step_tokens=192)])
