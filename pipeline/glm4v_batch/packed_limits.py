@@ -2,6 +2,7 @@
 
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -178,12 +179,17 @@ def _is_enough(limits: PackedLimits, demand: PackedDemand) -> bool:
 def _with_steps(
     demand: PackedDemand, room_bytes: Sequence[int], patches: int, step_tokens: int
 ) -> PackedLimits:
-    limits = PackedLimits(demand.max_rows, 0, step_tokens, patches)
-    # Fewer rows than are allowed may be all that the pool has room for, and they take less beside it.
-    for _ in range(2):
-        limits = _with_pool(limits, demand, room_bytes)
-        limits = replace(limits, max_rows=_rows_of(limits, demand))
-    return _with_pool(limits, demand, room_bytes)
+    """With as many rows as the pool that is left beside them may hold: fewer rows leave a larger pool."""
+    allowed = [*range(_ROW_STEP, demand.max_rows, _ROW_STEP), demand.max_rows]
+
+    def limits_of(num_rows: int) -> PackedLimits:
+        return _with_pool(PackedLimits(num_rows, 0, step_tokens, patches), demand, room_bytes)
+
+    def are_too_many(num_rows: int) -> bool:
+        limits = limits_of(num_rows)
+        return not _holds_worst(limits, demand) or _rows_of(limits, demand) < num_rows
+
+    return limits_of(allowed[max(1, bisect_left(allowed, True, key=are_too_many)) - 1])
 
 
 def _with_pool(limits: PackedLimits, demand: PackedDemand, room_bytes: Sequence[int]) -> PackedLimits:

@@ -101,6 +101,7 @@ def test_steps_are_as_long_as_rows_want_and_longer_where_memory_is_plenty() -> N
 @example(room_mib=1822, max_rows=256, prompt=1041, answer=128)
 @example(room_mib=1730, max_rows=4000, prompt=20, answer=128)
 @example(room_mib=1650, max_rows=256, prompt=200, answer=1)
+@example(room_mib=1826, max_rows=256, prompt=20, answer=1)
 def test_what_is_allowed_fits_or_is_refused(room_mib: int, max_rows: int, prompt: int, answer: int) -> None:
     worst = RequestSize(6200, 24576, answer)
     demand = PackedDemand((NEEDS,), max_rows, RequestSize(prompt, 3996, answer), worst, 24576)
