@@ -402,7 +402,7 @@ def test_where_recording_runs_out_of_memory_work_goes_on_without_graphs_and_says
     found = texts(packed_engine("caption", limits=FEW).run(iter(requests)))
 
     assert found == texts(answers("caption", requests))
-    assert len(tried) == 1
+    assert len(tried) == 3
     assert caplog.text.count("Recording a CUDA graph ran out of memory") == 1
 
 
@@ -420,6 +420,31 @@ class ReplayedOnTheHost(Graphs[Any]):
                 found.copy_(self._run(given))
 
         return Graph(), found
+
+
+def test_where_recording_ran_out_of_memory_once_it_is_tried_anew(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = [True, False, True]
+
+    class Crowded(ReplayedOnTheHost):
+        def _capture(self, given: Any) -> tuple[Any, Tensor]:
+            if failing and failing.pop():
+                raise torch.OutOfMemoryError("full")
+            return super()._capture(given)
+
+    monkeypatch.setattr(PackedModel, "has_graphs", True)
+    monkeypatch.setattr(packed_rows, "Graphs", Crowded)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ReplayedOnTheHost.num_replayed.clear()
+    requests = sample("caption")[1][:20]
+
+    found = texts(packed_engine("caption", limits=FEW).run(iter(requests)))
+
+    assert found == texts(answers("caption", requests))
+    assert not failing
+    assert ReplayedOnTheHost.num_replayed["Step"] > 5
+    assert "Recording" not in caplog.text
 
 
 def steps_of(engine: PackedEngine) -> list[tuple[int, int]]:

@@ -19,6 +19,8 @@ RUNS_TO_RECORD = 2
 
 # Each holds some megabytes of the device's memory.
 _MOST_GRAPHS = 48
+# Graphs recorded in an unlucky order take more memory than the same ones recorded anew.
+_MOST_FAILURES = 3
 
 
 class Recordable(Protocol):
@@ -54,7 +56,7 @@ class Graphs(Generic[_Given]):
         self._buffers: list[Tensor] = []
         self._pool: Any = None
         self._stream: Any = None
-        self._may_capture = True
+        self._num_failures = 0
 
     def run(self, given: _Given) -> Tensor:
         """What *run* gives for *given*, until the next call overwrites it. Raises torch.OutOfMemoryError."""
@@ -77,7 +79,7 @@ class Graphs(Generic[_Given]):
         """Whether there is a graph for *given* now."""
         runs = self._runs.get(given.size, 0)
         self._runs[given.size] = runs + 1
-        if runs + 1 < RUNS_TO_RECORD or not self._may_capture:
+        if runs + 1 < RUNS_TO_RECORD or self._num_failures == _MOST_FAILURES:
             return False
         if len(self._graphs) == _MOST_GRAPHS:
             self._graphs.popitem(last=False)
@@ -86,14 +88,18 @@ class Graphs(Generic[_Given]):
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
-            # Without graphs the same memory serves steps and images.
+            self._make_do_without()
+        return given.size in self._graphs
+
+    def _make_do_without(self) -> None:
+        """Drop all graphs, as memory ran out for one: what they hold serves images and steps alike."""
+        self._num_failures += 1
+        if self._num_failures == _MOST_FAILURES:
             _log.warning(
                 "Recording a CUDA graph ran out of memory: from now on the host launches kernel by kernel, "
                 "which is slower. A lower devices.memory_fraction leaves room."
             )
-            self._may_capture = False
-            self.forget()
-        return given.size in self._graphs
+        self.forget()
 
     def _capture(self, given: _Given) -> tuple[Any, Tensor]:
         if not self._graphs:
