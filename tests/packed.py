@@ -22,15 +22,22 @@ def packed_weights() -> Any:
 
 
 def packed_engine(
-    name: str, *overrides: str, limits: PackedLimits = LIMITS, meter: Meter | None = None
+    name: str,
+    *overrides: str,
+    limits: PackedLimits = LIMITS,
+    meter: Meter | None = None,
+    model: Any = None,
 ) -> PackedEngine:
-    """The packed engine on the job `jobs/<name>.yaml`; without *meter* memory is endless."""
+    """The packed engine on the job `jobs/<name>.yaml`; without *meter* memory is endless.
+
+    It takes *model*, or `packed_weights`, for itself.
+    """
     import torch
 
     job = job_of(name, *overrides)
     opened = open_job(job)
     vocabulary = vocabulary_of(opened.checkpoint, preprocess_settings(opened).renderer().decode)
-    model = packed_weights()
+    model = model or packed_weights()
     table = torch.from_numpy(vocabulary.normalisation)
     meter = meter or CpuMeter(weight_bytes(), ENDLESS)
     return PackedEngine(

@@ -1,19 +1,25 @@
 """The tiny GLM-4V spread over several cards: the device maps that have to work, and what it writes."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from glm4v_batch.engines.generate import GenerateEngine, vocabulary_of
 from glm4v_batch.memory import MemoryModel, prior_coefficients
 from glm4v_batch.model import load_model
+from glm4v_batch.packed_limits import PackedLimits
 from glm4v_batch.plan import open_job, preprocess_settings
 from glm4v_batch.types import Request
 from tests.cpu_meter import CpuMeter
+from tests.packed import packed_engine
 from tests.tiny import ENDLESS, ROOT, job_of, sample, texts, weight_bytes
 
 JOB = "caption"
-NEW_TOKENS = "generation.max_new_tokens=12"
+MOST_NEW_TOKENS = 12
+NEW_TOKENS = f"generation.max_new_tokens={MOST_NEW_TOKENS}"
 NUM_REQUESTS = 6
+# Fewer rows than requests, prompts in pieces, images of several calls.
+_PACKED = PackedLimits(max_rows=4, pool_tokens=1 << 12, step_tokens=64, patches=512)
 
 DeviceMap = Mapping[str, str]
 
@@ -75,9 +81,9 @@ def requests() -> list[Request]:
     return by_size[:: len(by_size) // (NUM_REQUESTS - 1)]
 
 
-def load(device_map: DeviceMap, **options: Any) -> Any:
-    """The tiny model in float32, its modules where *device_map* says."""
-    return load_model(ROOT / "data" / "tiny-glm4v", "float32", device_map, **options)
+def load(device_map: DeviceMap, dtype: str = "float32", **options: Any) -> Any:
+    """The tiny model, its modules where *device_map* says."""
+    return load_model(ROOT / "data" / "tiny-glm4v", dtype, device_map, **options)
 
 
 def enter_through(model: Any, card: str) -> None:
@@ -102,6 +108,12 @@ def run(model: Any, *overrides: str) -> list[object]:
         memory_fraction=1.0,
     )
     return list(engine.run(requests()))
+
+
+def run_packed(model: Any, *overrides: str) -> list[object]:
+    """What the packed engine yields for the same requests; it takes *model* for itself."""
+    engine = packed_engine(JOB, NEW_TOKENS, *overrides, limits=_PACKED, model=model)
+    return list(engine.run([replace(each, max_new_tokens=MOST_NEW_TOKENS) for each in requests()]))
 
 
 def differences(found: Iterable[object], expected: Iterable[object]) -> list[str]:

@@ -1,5 +1,6 @@
 """A model spread over cards writes what it writes on one; shown without a GPU, on logical devices."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 
+from glm4v_batch.engines import packed_attention, packed_model
+from glm4v_batch.engines.stopwatch import Stopwatch
 from tests.logical_devices import logical_devices
-from tests.sharded import DEVICE_MAPS, cards_of, differences, enter_through, load, requests, run
+from tests.sharded import DEVICE_MAPS, cards_of, differences, enter_through, load, requests, run, run_packed
 from tests.tiny import runs, texts, weights
 
 GIB = 1 << 30
@@ -36,6 +39,15 @@ def _cards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (24 * GIB, 24 * GIB))
     with logical_devices():
         yield
+
+
+@pytest.fixture
+def _packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logical cards that have nothing of a GPU beside its memory: no kernels, events or pinned memory."""
+    for module in (packed_attention, packed_model):
+        monkeypatch.setattr(module, "has_kernel", lambda *_: False)
+    monkeypatch.setattr(Stopwatch, "_now", lambda _: time.perf_counter())
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
 
 
 def test_the_requests_make_one_padded_batch_with_different_texts(unsharded: list[object]) -> None:
@@ -69,6 +81,29 @@ def test_a_spread_model_draws_the_same_samples(
 
     assert differences(written, unsharded_samples) == []
     assert differences(written, unsharded) != []
+
+
+@pytest.mark.usefixtures("_packed")
+@pytest.mark.parametrize("name", DEVICE_MAPS)
+def test_the_packed_engine_writes_the_same_texts_on_a_spread_model(
+    name: str, unsharded: list[object]
+) -> None:
+    model = load(DEVICE_MAPS[name])
+
+    written = run_packed(model)
+
+    assert {str(weight.device) for weight in model.parameters()} == set(cards_of(DEVICE_MAPS[name]))
+    assert differences(written, unsharded) == []
+
+
+@pytest.mark.usefixtures("_packed")
+@pytest.mark.parametrize("name", ["automatic order", "vision last", "three cards, backwards"])
+def test_the_packed_engine_draws_the_same_samples_on_a_spread_model(
+    name: str, unsharded_samples: list[object]
+) -> None:
+    written = run_packed(load(DEVICE_MAPS[name]), *SAMPLED)
+
+    assert differences(written, unsharded_samples) == []
 
 
 def test_modules_in_host_memory_change_no_text(unsharded: list[object]) -> None:

@@ -5,7 +5,8 @@ Run from the repository's root, with the model and source that tests/gpu/full_si
     PYTHONPATH=pipeline:. python -m tests.gpu.every_card one-card --model M --source S --out OUT
 
 Cards are capped by `devices.memory_limit_gib`, to stand for smaller ones. Everything runs through the
-command line, on the `generate` engine; figures come from the folder that it leaves.
+command line, on the `generate` engine unless --engine says packed; figures come from the folder that it
+leaves. The packed engine's lines count seconds, not batches.
 """
 
 import argparse
@@ -30,7 +31,9 @@ _SAMPLE_SECONDS = 0.25
 _CONTEXT_BYTES = 520 << 20
 
 
-def write_job(path: Path, model: Path, source: Path, out: Path, new_tokens: int, devices: str) -> Path:
+def write_job(
+    path: Path, model: Path, source: Path, out: Path, new_tokens: int, devices: str, engine: str = "generate"
+) -> Path:
     """A job over *source* whose answers are cut after *new_tokens*; *devices* is its section in YAML."""
     path.write_text(
         f"name: {path.stem}\n"
@@ -39,7 +42,7 @@ def write_job(path: Path, model: Path, source: Path, out: Path, new_tokens: int,
         f"model: {{name: {model}}}\n"
         f"generation: {{max_new_tokens: {new_tokens}}}\n"
         f"devices: {devices}\n"
-        "batching: {engine: generate}\n"
+        f"batching: {{engine: {engine}}}\n"
         f"output: {{path: {out}, rows_per_part: 32}}\n"
     )
     return path
@@ -282,19 +285,22 @@ def plain_auto(options: argparse.Namespace) -> None:
 
 def balanced(options: argparse.Namespace) -> None:
     """One replica over all cards, too small for one each, as the planner lays it."""
-    out = options.out / "balanced"
+    out = options.out / f"balanced_{options.engine}"
     job = write_job(
-        options.out / "balanced.yaml", options.model, options.source, out, 32,
+        out.with_suffix(".yaml"), options.model, options.source, out, 32,
         f"{{use: {list(range(options.cards))}, layout: balanced, memory_limit_gib: {options.cap_gib}}}",
+        options.engine,
     )  # fmt: skip
     code, seconds = run(job, "--limit", str(options.rows))
     figures = folder_figures(out)
+    loading = figures["reports"]["replicas"]["load_seconds"]
     clean = [each for each in figures["runs"] if not each.out_of_memory]
     peaks = [max(each.peak_bytes[card] for each in clean) / GIB for card in range(options.cards)]
     spreads = sorted(1 - min(each.peak_bytes) / max(each.peak_bytes) for each in clean[len(clean) // 2 :])
     show(
-        f"balanced over {options.cards} cards of {options.cap_gib} GiB",
+        f"balanced over {options.cards} cards of {options.cap_gib} GiB, {options.engine}",
         **common(figures, code, seconds),
+        rows_per_second_from_loading=round(figures["rows"] / (seconds - loading), 2),
         peaks_gib=[round(peak, 2) for peak in peaks],
         peaks_within=f"{1 - min(peaks) / max(peaks):.1%}",
         median_within=f"{spreads[len(spreads) // 2]:.1%}",
@@ -354,6 +360,7 @@ def main() -> None:
     parser.add_argument("--card", type=int, default=0)
     parser.add_argument("--cards", type=int, default=4)
     parser.add_argument("--cap-gib", type=int, default=24)
+    parser.add_argument("--engine", choices=["generate", "packed"], default="generate", help="Of balanced.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 48, 32, 16])
     parser.add_argument("--batches-before", type=int, default=8)
     options = parser.parse_args()
