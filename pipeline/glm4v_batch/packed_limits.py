@@ -32,7 +32,7 @@ _STEPS_AHEAD = 3
 # Requests longer than the typical one must find a place too.
 _POOL_PER_TYPICAL = 1.5
 _WORTH_SMALLER_CALLS = 1.15
-# Answers that end early want longer steps than those of full length, worth so much of the pool.
+# Answers that end early want longer steps than those of full length, worth so many of the requests at once.
 _WORTH_LONGER_STEPS = 0.95
 _ROW_STEP = 8
 
@@ -149,7 +149,7 @@ def call_sizes(most_patches: int) -> Iterator[int]:
 
 
 def _with_patches(demand: PackedDemand, room_bytes: Sequence[int], patches: int) -> PackedLimits:
-    """With the shortest steps that keep the rows full, or longer ones where they cost hardly any memory.
+    """With the shortest steps that keep the rows full, or longer ones where they cost hardly any of the rows.
 
     Where no size of steps leaves the pool room for the worst request, with the shortest.
     """
@@ -158,11 +158,11 @@ def _with_patches(demand: PackedDemand, room_bytes: Sequence[int], patches: int)
     if not holding:
         return found[0]
     enough = next((limits for limits in holding if _is_enough(limits, demand)), holding[-1])
-    worth = _WORTH_LONGER_STEPS * enough.pool_tokens
+    worth = _WORTH_LONGER_STEPS * _side_by_side(enough, demand.typical)
     return [
         limits
         for limits in holding
-        if limits.step_tokens >= enough.step_tokens and limits.pool_tokens >= worth
+        if limits.step_tokens >= enough.step_tokens and _side_by_side(limits, demand.typical) >= worth
     ][-1]
 
 
@@ -205,8 +205,12 @@ def _rows_of(limits: PackedLimits, demand: PackedDemand) -> int:
 
 def _rate(limits: PackedLimits, typical: RequestSize) -> float:
     """Prompt tokens for a step, where as many come in as go out with those that have ended."""
-    rows = min(limits.max_rows, limits.pool_tokens / tokens_of(typical))
-    return rows * typical.prompt_tokens / typical.new_tokens
+    return _side_by_side(limits, typical) * typical.prompt_tokens / typical.new_tokens
+
+
+def _side_by_side(limits: PackedLimits, typical: RequestSize) -> float:
+    """How many typical requests there are at once."""
+    return min(limits.max_rows, limits.pool_tokens / tokens_of(typical))
 
 
 def tokens_of(size: RequestSize) -> int:

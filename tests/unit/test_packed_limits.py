@@ -91,6 +91,15 @@ def test_steps_are_as_long_as_rows_want_and_longer_where_memory_is_plenty() -> N
     assert plenty.step_tokens == MOST_STEP_TOKENS
 
 
+def test_longer_steps_are_not_paid_for_with_rows() -> None:
+    worst, short = RequestSize(6200, 24576, 500), RequestSize(100, 3996, 128)
+
+    limits = packed_limits(PackedDemand((NEEDS,), 256, short, worst, 24576), [int(1.85 * GIB)])
+
+    # The pool has to hold the worst request, and so 29 of the typical ones.
+    assert min(limits.max_rows, limits.pool_tokens // (100 + 128)) >= 28
+
+
 @given(
     room_mib=st.integers(0, 80_000),
     max_rows=st.sampled_from([1, 8, 256, 1000, 4000]),
