@@ -87,6 +87,23 @@ def test_every_family_writes_what_its_generate_writes_with_four_rows_for_forty(f
     assert {reason for _, reason in found.values()} == {"stop", "length"}
 
 
+def test_a_penalty_is_for_what_a_row_has_seen_however_its_prompt_is_cut() -> None:
+    limits = replace(FEW, max_rows=1, step_tokens=64)
+    engine = packed_engine("caption", "generation.repetition_penalty=1.3", limits=limits)
+    request = max(sample("caption")[1], key=lambda request: request.prompt_tokens)
+    prompt = set(request.inputs.input_ids.tolist())
+    assert request.prompt_tokens > limits.prompt_tokens(1)
+
+    (completion,) = [event for event in engine.run([request]) if isinstance(event, Completion)]
+
+    seen = set(engine._rows._seen[0].nonzero()[:, 0].tolist())
+    assert prompt <= seen
+    written = seen - prompt
+    # What it wrote last is decoded without the end token, which it has seen too.
+    ends = set(engine._vocabulary.eos_token_ids)
+    assert all(engine._vocabulary.decode([token]) in completion.text for token in written - ends)
+
+
 def test_what_the_pool_held_before_reaches_no_answer() -> None:
     requests = sample("caption")[1][:20]
     engine = packed_engine("caption", limits=FEW)

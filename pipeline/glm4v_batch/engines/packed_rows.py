@@ -166,10 +166,14 @@ class DecodeRows:
 
     def enter(self, entries: Sequence[Entry]) -> None:
         """Set rows up for new requests. They decode once a piece has ended their prompt."""
+        # A row that has not written yet stands at a token of its prompt: each step counts it as seen.
         columns = [
-            [0, e.pool_start, len(e.input_ids), e.position_offset, 0, e.max_new_tokens, e.seed]
+            [
+                int(e.input_ids[-1]), e.pool_start, len(e.input_ids), e.position_offset,
+                0, e.max_new_tokens, e.seed,
+            ]
             for e in entries
-        ]
+        ]  # fmt: skip
         rows = self._send(torch.tensor([e.row for e in entries]))
         self._numbers[:, rows] = self._send(torch.tensor(columns).T.contiguous())
         # To assign False would copy it from the host, and wait for all that is under way.
