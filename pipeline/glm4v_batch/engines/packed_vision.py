@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def vision_call(
     """
     sizes = [len(image) for image in images]
     missing = filled_up(sum(sizes)) - sum(sizes) if fills_up else 0
-    patches = [image.to(device, non_blocking=True) for image in images]
+    patches = _copied_beside(images, device)
     blank = torch.zeros(missing, patches[0].shape[1], dtype=torch.uint8, device=device)
     places = get_vision_position_ids(torch.tensor(grids), merge_size)
     num_blank = _SLOTS - len(images) if fills_up else 0
@@ -75,6 +76,25 @@ def vision_call(
         ends=sent(ends.int(), device),
         grids=sent(torch.tensor([*grids, *[_NO_IMAGE] * num_blank]), device),
     )
+
+
+def _copied_beside(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """*images* on *device*, from pinned memory while it is still at work on what came before."""
+    if device.type != "cuda":
+        return [image.to(device) for image in images]
+    current, beside = torch.cuda.current_stream(device), _copying_stream(device)
+    with torch.cuda.stream(beside):
+        copies = [image.to(device, non_blocking=True) for image in images]
+    current.wait_stream(beside)
+    for copy in copies:
+        # It is memory of the one stream and read on the other: not to be given to another tensor before.
+        copy.record_stream(current)
+    return copies
+
+
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
