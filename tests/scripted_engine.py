@@ -25,12 +25,14 @@ class Script:
     raising_rows: tuple[int, ...] = ()
     dies_once_at_row: int | None = None
     loading: str = "works"
+    crowded_after: int | None = None
 
 
 class ScriptedEngine:
     def __init__(self, script: Script) -> None:
         self._script = script
         self._is_draining = False
+        self._num_batches = 0
 
     def held_bytes(self) -> tuple[int, ...]:
         return (1000,)
@@ -51,6 +53,9 @@ class ScriptedEngine:
         entry = f"{time.monotonic_ns()}-{script.name}-{'_'.join(map(str, rows))}"
         (script.journal / entry).touch()
         time.sleep(script.batch_seconds)
+        if self._num_batches == script.crowded_after:
+            raise PlacementError("other processes have taken the memory", hint="free the GPU")
+        self._num_batches += 1
         if {*rows} & {*script.deadly_rows}:
             os.kill(os.getpid(), signal.SIGKILL)
         if {*rows} & {*script.raising_rows}:

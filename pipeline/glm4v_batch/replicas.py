@@ -15,7 +15,7 @@ from typing import Any
 
 from glm4v_batch.child import Child
 from glm4v_batch.engines import EngineEvent
-from glm4v_batch.errors import Glm4vBatchError, sanitise
+from glm4v_batch.errors import Glm4vBatchError, PlacementError, sanitise
 from glm4v_batch.replica_process import Crashed, Drain, Flush, Idle, Loaded, LoadEngine, Took, serve
 from glm4v_batch.types import (
     BatchRun,
@@ -71,8 +71,8 @@ class Replicas:
         self._is_draining = False
 
     def run(self, items: Iterable[Request | Failure]) -> Iterator[EngineEvent]:
-        """See `Engine.run`. Raises what a replica's loading raises for a user's mistake, and
-        ReplicasLostError where replicas only ever die.
+        """See `Engine.run`. Raises what a replica's loading raises for a user's mistake, PlacementError
+        where no replica is left with room on its GPUs, and ReplicasLostError where replicas only ever die.
         """
         try:
             for index in range(len(self._settings)):
@@ -196,6 +196,11 @@ class Replicas:
             yield from self._lose(replica, f"its process died: {end}")
             return
         match message:
+            case PlacementError() if len(self._living()) > 1:
+                # Its GPUs have no room, which is no reason for the others to stop.
+                replica.child.end(grace_seconds=0)
+                replica.has_no_room = True
+                yield from self._lose(replica, str(message))
             case Glm4vBatchError():
                 raise message
             case Crashed():
@@ -246,7 +251,7 @@ class Replicas:
     def _requeue(self, held: Sequence[Request], replica: "_Replica", reason: str) -> Iterator[Failure]:
         for request in reversed(held):
             key = _key(request)
-            if key in replica.suspects:
+            if key in replica.suspects and not replica.has_no_room:
                 self._suspicions[key].add(replica)
             suspicion = self._suspicions.get(key, _Suspicion())
             if suspicion.is_guilty:
@@ -302,6 +307,7 @@ class _Replica:
     is_alone: bool = False
     is_ended: bool = False
     is_given_up: bool = False
+    has_no_room: bool = False
     num_loading_deaths: int = 0
     num_barren_deaths: int = 0
     unanswered: dict[_Key, Request] = field(default_factory=dict)
@@ -345,13 +351,15 @@ class _Replica:
         self.child.post(pickle.dumps(message, protocol=5))
 
     def count_death(self) -> None:
-        """Count a death, and give it up where it cannot load or never answers."""
+        """Count a death, and give it up where it cannot load, never answers or has no room."""
         if self.is_ready:
             self.num_barren_deaths += 1
         else:
             self.num_loading_deaths += 1
         self.is_given_up = (
-            self.num_loading_deaths >= _LOADING_DEATHS or self.num_barren_deaths >= _BARREN_DEATHS
+            self.has_no_room
+            or self.num_loading_deaths >= _LOADING_DEATHS
+            or self.num_barren_deaths >= _BARREN_DEATHS
         )
 
     def rest(self) -> None:

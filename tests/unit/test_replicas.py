@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,11 +128,39 @@ def test_an_error_that_nobody_expected_counts_as_a_death_and_is_told(tmp_path: P
     assert rows(events) == list(range(8))
 
 
-def test_a_users_mistake_while_loading_stops_the_run_as_it_is(tmp_path: Path) -> None:
+def test_where_no_replica_has_room_the_run_stops_with_what_the_last_one_said(tmp_path: Path) -> None:
     with pytest.raises(PlacementError, match="does not fit") as caught:
-        run([Script(tmp_path, batch_seconds=1.0), Script(tmp_path, loading="user's mistake")], 8)
+        run([Script(tmp_path, loading="user's mistake") for _ in range(2)], 8)
 
     assert caught.value.hint == "buy a larger card"
+
+
+@pytest.mark.parametrize(
+    "crowded", [{"loading": "user's mistake"}, {"crowded_after": 0}, {"crowded_after": 3}]
+)
+def test_a_replica_without_room_is_given_up_and_the_others_do_its_work(
+    tmp_path: Path, crowded: dict[str, Any]
+) -> None:
+    scripts = [Script(tmp_path, "a", batch_seconds=0.05), Script(tmp_path, "b", **crowded)]
+
+    events = run(scripts, 100, num_expected=100)
+
+    assert rows(events) == list(range(100))
+    (loss,) = lost(events)
+    assert (loss.replica, loss.is_final) == (1, True)
+    assert failures(events) == []
+
+
+def test_that_a_gpu_is_crowded_makes_no_request_suspect(tmp_path: Path) -> None:
+    crowded = [Script(tmp_path, name, crowded_after=0, batch_size=1) for name in "bcde"]
+    # A request that was in hand at four such ends would have been run alone, and failed.
+    scripts = [*crowded, Script(tmp_path, "a", batch_seconds=0.05)]
+
+    events = run(scripts, 40, num_expected=40)
+
+    assert rows(events) == list(range(40))
+    assert failures(events) == []
+    assert len(lost(events)) == 4
 
 
 def test_a_replica_that_never_loads_is_given_up_and_the_others_do_its_work(tmp_path: Path) -> None:
