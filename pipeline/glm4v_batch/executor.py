@@ -166,7 +166,7 @@ def _report(plan: Plan) -> Report:
     if plan.forecast is None:
         num_replicas = max(1, plan.opened.job.batching.echo_replicas)
         return Report(folder, ("echo",) * num_replicas)
-    return Report(folder, plan.forecast.contexts, plan.forecast.time)
+    return Report(folder, plan.forecast.contexts, plan.forecast.time, plan.num_left)
 
 
 def _events(

@@ -260,7 +260,7 @@ def _run_lines(report: Mapping[str, Any]) -> Iterator[str]:
             f"{'' if busy is None else f', busy {busy:.0%} of the time'}"
         )
     plan = report["plan"]
-    if plan is not None:
+    if plan is not None and plan["actual_seconds"] is not None:
         took, expected = format_seconds(plan["actual_seconds"]), format_seconds(plan["seconds"])
         yield f"took {took}; the plan said {expected}"
 

@@ -39,13 +39,21 @@ class Report:
     """What this run has done so far.
 
     *contexts* name, per replica, model and devices: samples of another context do not apply.
-    *expected* is what the plan said of the time. Where it cannot be kept on disk, `trouble` says why.
+    *expected* is what the plan said of the time for *num_expected* rows, None where nobody knew how many.
+    Where it cannot be kept on disk, `trouble` says why.
     """
 
-    def __init__(self, folder: Path, contexts: Sequence[str], expected: TimeEstimate | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        contexts: Sequence[str],
+        expected: TimeEstimate | None = None,
+        num_expected: int | None = None,
+    ) -> None:
         self._folder = folder / STATE_FOLDER
         self._contexts = contexts
         self._expected = expected
+        self._num_expected = num_expected
         self._ready: list[ReplicaReady] = []
         self._lost: list[ReplicaLost] = []
         self._uses: dict[int, _Use] = {}
@@ -142,10 +150,11 @@ class Report:
         }
 
     def _plan(self, seconds: float) -> dict[str, Any] | None:
-        """What the plan said of the time for all that was left, and the time that passed."""
+        """What the plan said of the time for all that was left, and what passed until all was done."""
         if self._expected is None:
             return None
-        return {**asdict(self._expected), "actual_seconds": round(seconds, 3)}
+        is_done = self.num_committed >= (self._num_expected or 0)
+        return {**asdict(self._expected), "actual_seconds": round(seconds, 3) if is_done else None}
 
     def write(self) -> None:
         """Replace `report.json`, never leaving half of one."""

@@ -109,6 +109,14 @@ def test_a_report_tells_of_replicas_devices_and_the_plan(folder: Path) -> None:
     assert told["plan"]["actual_seconds"] >= 0
 
 
+def test_the_time_of_a_part_of_the_work_is_not_held_against_the_plan_for_all(folder: Path) -> None:
+    report = Report(folder, ["c"], TimeEstimate(60.0, 30.0, 120.0, is_measured=False), num_expected=3)
+
+    assert report.as_dict()["plan"]["actual_seconds"] is None
+    report.num_committed = 3
+    assert report.as_dict()["plan"]["actual_seconds"] >= 0
+
+
 def test_a_report_adds_up_the_phases_that_batches_tell_of(folder: Path) -> None:
     report = Report(folder, ["c"])
 
