@@ -60,6 +60,7 @@ def test_a_row_is_cut_at_its_first_end_token() -> None:
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable"),
         RuntimeError("CUDA driver error: out of memory"),
         RuntimeError(
