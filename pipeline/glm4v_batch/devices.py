@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 _DEV = Path("/dev")
 _TORCH_SECONDS = 300  # importing torch from a cold network file system takes minutes
+# What people hide all GPUs with.
+_NONE_ON_PURPOSE = ("", "-1", "none", "void", "NoDevFiles")
 _NVIDIA_SMI = "Run 'nvidia-smi' to see what the driver says"
 
 
@@ -179,7 +181,8 @@ def visible_gpus(gpus: Sequence[Gpu], visible: str | None) -> tuple[Gpu, ...]:
     process sees one only, but each replica is a process of its own.
 
     Raises PlacementError where an entry stands twice: CUDA then shows no GPU at all (so
-    torch.cuda._parse_visible_devices), and the run would go to the CPU without a word.
+    torch.cuda._parse_visible_devices), and the run would go to the CPU without a word. The same where the
+    first entry names none of *gpus*, unless it is one of those that people hide all GPUs with.
     """
     if visible is None:
         return tuple(gpus)
@@ -194,6 +197,12 @@ def visible_gpus(gpus: Sequence[Gpu], visible: str | None) -> tuple[Gpu, ...]:
                 hint="Name each GPU once.",
             )
         chosen.append(gpu)
+    if gpus and not chosen and visible.strip() not in _NONE_ON_PURPOSE:
+        raise PlacementError(
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of the GPUs that are there "
+            f"({len(gpus)}); CUDA shows none then.",
+            hint="Name GPUs that `nvidia-smi -L` lists. To run on the CPU, set devices.use: cpu.",
+        )
     return tuple(chosen)
 
 
