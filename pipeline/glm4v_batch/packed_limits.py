@@ -193,7 +193,8 @@ def _with_steps(
 
 
 def _with_pool(limits: PackedLimits, demand: PackedDemand, room_bytes: Sequence[int]) -> PackedLimits:
-    tokens = [_pool_tokens(limits, *pair) for pair in zip(demand.needs, room_bytes, strict=True)]
+    patches = demand.worst.visual_patches
+    tokens = [_pool_tokens(limits, *pair, patches) for pair in zip(demand.needs, room_bytes, strict=True)]
     return replace(limits, pool_tokens=min(_most_tokens(demand), *tokens))
 
 
@@ -224,17 +225,18 @@ def _most_tokens(demand: PackedDemand) -> int:
     return max(tokens_of(demand.worst), typical)
 
 
-def peak_bytes(limits: PackedLimits, needs: PackedNeeds) -> float:
+def peak_bytes(limits: PackedLimits, needs: PackedNeeds, request_patches: int) -> float:
     """What a call of the vision tower and a step take on a device at most, and the features that wait.
 
-    Both are counted: steps that CUDA has recorded keep their memory while images are encoded.
+    Both are counted: steps that CUDA has recorded keep their memory while images are encoded. One request
+    has at most *request_patches*, which several calls may encode.
     """
     shapes = (
         BatchShape(0, 0, limits.patches, 0, 0),
         BatchShape(limits.max_rows, _most_step_tokens(limits), 0, 0, 0),
     )
     works = sum(bytes_of(shape, needs, phase) for phase, shape in enumerate(shapes))
-    return works + _feature_bytes(limits, needs)
+    return works + _feature_bytes(limits, needs, request_patches)
 
 
 def _most_step_tokens(limits: PackedLimits) -> int:
@@ -242,8 +244,8 @@ def _most_step_tokens(limits: PackedLimits) -> int:
     return rounded_tokens(limits.prompt_tokens(limits.max_rows) + limits.max_rows)
 
 
-def _pool_tokens(limits: PackedLimits, needs: PackedNeeds, room_bytes: int) -> int:
-    room = room_bytes - _MARGIN * peak_bytes(limits, needs)
+def _pool_tokens(limits: PackedLimits, needs: PackedNeeds, room_bytes: int, request_patches: int) -> int:
+    room = room_bytes - _MARGIN * peak_bytes(limits, needs, request_patches)
     if room < 0:
         return 0
     # A device without layers holds nothing of the pool, however large.
@@ -256,9 +258,11 @@ def bytes_of(shape: BatchShape, needs: PackedNeeds, phase: int) -> float:
     return float(needs.coefficients[phase] @ features)
 
 
-def _feature_bytes(limits: PackedLimits, needs: PackedNeeds) -> int:
-    # The images of one call are encoded whether or not so many tokens are wanted; four patches each.
-    num_tokens = _STEPS_AHEAD * limits.step_tokens + limits.patches // 4
+def _feature_bytes(limits: PackedLimits, needs: PackedNeeds, request_patches: int) -> int:
+    # The images of one call, or of one request, are encoded whether or not so many tokens are wanted. What
+    # graphs give stands in a place of its own. Four patches are a token.
+    num_encoded = max(limits.patches, request_patches) + limits.patches
+    num_tokens = _STEPS_AHEAD * limits.step_tokens + num_encoded // 4
     return num_tokens * needs.feature_token_bytes
 
 

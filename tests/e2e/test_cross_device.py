@@ -106,6 +106,20 @@ def test_the_packed_engine_draws_the_same_samples_on_a_spread_model(
     assert differences(written, unsharded_samples) == []
 
 
+@pytest.mark.parametrize("name", DEVICE_MAPS)
+def test_cuda_records_no_model_that_lies_on_several_cards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_model, "has_kernel", lambda *_: True)
+    spread, whole = (
+        packed_model.PackedModel(load(cards), torch.zeros(3, 256), 2)
+        for cards in (DEVICE_MAPS[name], {"": "cuda:1"})
+    )
+
+    assert not spread.has_graphs
+    assert not spread.has_vision_graphs
+    assert whole.has_graphs
+    assert whole.has_vision_graphs
+
+
 def test_modules_in_host_memory_change_no_text(unsharded: list[object]) -> None:
     one_card = {
         module: "cpu" if card == "cuda:1" else card for module, card in DEVICE_MAPS["automatic order"].items()

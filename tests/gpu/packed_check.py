@@ -364,7 +364,7 @@ def check_images(model: Any, vocabulary: Vocabulary, requests: Sequence[Request]
         for each in (copy.deepcopy(tower).float(), tower)
     )
     packed = packed_model(model, vocabulary)
-    ours = [packed.encode(images, grids) for _ in range(3)][-1].float()
+    ours = torch.cat([packed.encode(images, grids) for _ in range(3)][-1]).float()
     unpack(model, original)
     away = [float((found - exact).norm() / exact.norm()) for found in (theirs, ours)]
     between = float((ours - theirs).norm() / theirs.norm())

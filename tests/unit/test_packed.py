@@ -1,10 +1,11 @@
 """The packed engine writes what `generate()` writes, whatever runs beside it and whatever runs out."""
 
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,13 +15,14 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from glm4v_batch.activations import packed_coefficients
-from glm4v_batch.engines import packed, packed_model, packed_rows
+from glm4v_batch.engines import packed, packed_graphs, packed_model, packed_rows
 from glm4v_batch.engines.generate import GenerateEngine, Vocabulary
 from glm4v_batch.engines.packed import PackedEngine
 from glm4v_batch.engines.packed_graphs import Graphs
 from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.engines.packed_work import Work
 from glm4v_batch.job import GenerationSettings
+from glm4v_batch.kv_pool import KVPool
 from glm4v_batch.memory import MemoryModel, prior_coefficients
 from glm4v_batch.packed_limits import PackedLimits
 from glm4v_batch.types import BatchRun, BatchStart, Completion, Failure, ModelInputs, Request
@@ -96,7 +98,9 @@ def test_a_penalty_is_for_what_a_row_has_seen_however_its_prompt_is_cut() -> Non
 
     (completion,) = [event for event in engine.run([request]) if isinstance(event, Completion)]
 
-    seen = set(engine._rows._seen[0].nonzero()[:, 0].tolist())
+    of_rows = engine._rows._seen
+    assert of_rows is not None
+    seen = set(of_rows[0].nonzero()[:, 0].tolist())
     assert prompt <= seen
     written = seen - prompt
     # What it wrote last is decoded without the end token, which it has seen too.
@@ -230,7 +234,7 @@ def test_calls_of_the_vision_tower_are_full_while_requests_wait(monkeypatch: pyt
     sizes: list[int] = []
     encode = PackedModel.encode
 
-    def noted(model: PackedModel, images: Sequence[Tensor], grids: Any) -> Tensor:
+    def noted(model: PackedModel, images: Sequence[Tensor], grids: Any) -> list[Tensor]:
         sizes.append(sum(map(len, images)))
         return encode(model, images, grids)
 
@@ -403,12 +407,12 @@ def ends(events: Any) -> dict[int, tuple[str, str]]:
     return {event.row: (event.text, event.finish_reason) for event in completions}
 
 
-def test_where_recording_runs_out_of_memory_work_goes_on_without_graphs_and_says_so_once(
+def test_where_recording_runs_out_of_memory_work_goes_on_without_graphs_and_says_so(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
 
-    def run_out(_: Any, given: Any) -> Any:
+    def run_out(_self: Any, _do: Any, given: Any) -> Any:
         tried.append(given.size)
         raise torch.OutOfMemoryError("full")
 
@@ -420,7 +424,8 @@ def test_where_recording_runs_out_of_memory_work_goes_on_without_graphs_and_says
 
     assert found == texts(answers("caption", requests))
     assert len(tried) == 3
-    assert caplog.text.count("Recording a CUDA graph ran out of memory") == 1
+    assert caplog.text.count("Recording a CUDA graph of steps ran out of memory") == 3
+    assert caplog.text.count("from now on the host launches kernel by kernel") == 1
 
 
 class ReplayedOnTheHost(Graphs[Any]):
@@ -428,13 +433,13 @@ class ReplayedOnTheHost(Graphs[Any]):
 
     num_replayed: ClassVar[Counter[str]] = Counter()
 
-    def _capture(self, given: Any) -> tuple[Any, Tensor]:
-        found = self._run(given).clone()
+    def _capture(self, do: Callable[[Any], Tensor], given: Any) -> tuple[Any, Tensor]:
+        found = do(given).clone()
 
         class Graph:
             def replay(_) -> None:  # noqa: N805
                 ReplayedOnTheHost.num_replayed[type(given).__name__] += 1
-                found.copy_(self._run(given))
+                found.copy_(do(given))
 
         return Graph(), found
 
@@ -445,10 +450,10 @@ def test_where_recording_ran_out_of_memory_once_it_is_tried_anew(
     failing = [True, False, True]
 
     class Crowded(ReplayedOnTheHost):
-        def _capture(self, given: Any) -> tuple[Any, Tensor]:
+        def _capture(self, do: Callable[[Any], Tensor], given: Any) -> tuple[Any, Tensor]:
             if failing and failing.pop():
                 raise torch.OutOfMemoryError("full")
-            return super()._capture(given)
+            return super()._capture(do, given)
 
     monkeypatch.setattr(PackedModel, "has_graphs", True)
     monkeypatch.setattr(packed_rows, "Graphs", Crowded)
@@ -461,7 +466,109 @@ def test_where_recording_ran_out_of_memory_once_it_is_tried_anew(
     assert found == texts(answers("caption", requests))
     assert not failing
     assert ReplayedOnTheHost.num_replayed["Step"] > 5
-    assert "Recording" not in caplog.text
+    assert caplog.text.count("all of them are recorded anew") == 2
+
+
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_a_pool_is_gone_before_another_is_made(has_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    make_pool = PackedModel.make_pool
+
+    def noted(model: PackedModel, num_tokens: int, num_scratch: int) -> KVPool:
+        assert not [tensor for tensor in made if tensor() is not None]
+        pool = make_pool(model, num_tokens, num_scratch)
+        made.extend(map(weakref.ref, (*pool.keys, *pool.values)))
+        return pool
+
+    monkeypatch.setattr(PackedModel, "make_pool", noted)
+    monkeypatch.setattr(PackedModel, "has_graphs", has_graphs)
+    monkeypatch.setattr(packed_rows, "Graphs", ReplayedOnTheHost)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    requests = sample("caption")[1][:20]
+    engine = packed_engine("caption", limits=FEW)
+    first = texts(engine.run(requests))
+
+    assert engine._shrink_pool()
+    second = texts(engine.run(requests))
+
+    assert len(made) == 4 * len(engine._model.layers)
+    assert first == second == texts(answers("caption", requests))
+
+
+@pytest.mark.parametrize(("owner", "name"), [(packed_rows.DecodeRows, "step"), (PackedModel, "encode")])
+def test_memory_that_runs_out_once_lowers_no_limit_and_is_told(
+    owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = sample("caption")[1][:20]
+    work, calls = getattr(owner, name), count(1)
+
+    def short_once(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("full")
+        return work(*arguments)
+
+    monkeypatch.setattr(owner, name, short_once)
+    engine = packed_engine("caption", limits=FEW)
+
+    events = list(engine.run(requests))
+
+    assert texts(events) == texts(answers("caption", requests))
+    assert engine._limits == FEW
+    assert sum(run.out_of_memory for run in runs(events)) == 1
+
+
+def test_what_was_lowered_is_tried_again_after_a_while_without_a_shortage() -> None:
+    engine = packed_engine("caption", limits=LIMITS)
+    lowered = replace(LIMITS, max_rows=4, step_tokens=128, patches=1024)
+    engine._limits = lowered
+
+    for _ in range(packed._LINES_BEFORE_RAISING - 1):
+        engine._reported()
+    assert engine._limits == lowered
+    engine._reported()
+    assert engine._limits == LIMITS
+
+
+def test_images_go_without_graphs_where_these_do_not_fit(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PackedModel, "has_vision_graphs", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    features = PackedModel._features_of
+
+    def crowded(model: PackedModel, call: Any) -> Tensor:
+        if call.size > 1024:
+            raise torch.OutOfMemoryError("full")
+        return features(model, call)
+
+    requests = sample("caption")[1][:20]
+    engine = packed_engine("caption", limits=FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedModel, "_features_of", crowded)
+        engine._model.record_vision(2048)
+
+    assert "CUDA graphs of images do not fit" in caplog.text
+    assert texts(engine.run(requests)) == texts(answers("caption", requests))
+
+
+def test_memory_that_runs_out_while_two_streams_are_recorded_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Graph:
+        def capture_begin(self, **_: Any) -> None:
+            pass
+
+        def capture_end(self) -> None:
+            raise RuntimeError("capturing stream has unjoined work")
+
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+
+    with pytest.raises(torch.OutOfMemoryError), packed_graphs._recording(Graph(), None, None):  # type: ignore[arg-type]
+        raise torch.OutOfMemoryError("full")
+    with pytest.raises(RuntimeError, match="unjoined"), packed_graphs._recording(Graph(), None, None):  # type: ignore[arg-type]
+        pass
 
 
 def steps_of(engine: PackedEngine) -> list[tuple[int, int]]:

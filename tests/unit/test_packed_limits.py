@@ -94,7 +94,7 @@ def test_steps_are_as_long_as_rows_want_and_longer_where_memory_is_plenty() -> N
 def test_longer_steps_are_not_paid_for_with_rows() -> None:
     worst, short = RequestSize(6200, 24576, 500), RequestSize(100, 3996, 128)
 
-    limits = packed_limits(PackedDemand((NEEDS,), 256, short, worst, 24576), [int(1.85 * GIB)])
+    limits = packed_limits(PackedDemand((NEEDS,), 256, short, worst, 24576), [int(1.9 * GIB)])
 
     # The pool has to hold the worst request, and so 29 of the typical ones.
     assert min(limits.max_rows, limits.pool_tokens // (100 + 128)) >= 28
@@ -120,11 +120,21 @@ def test_what_is_allowed_fits_or_is_refused(room_mib: int, max_rows: int, prompt
     except PlacementError:
         # Nor does the least that there is: the shortest steps of the fewest rows.
         least = PackedLimits(8, 6200 + answer, 128, 24576)
-        assert 1.06 * peak_bytes(least, NEEDS) + least.pool_tokens * NEEDS.pool_token_bytes > room
+        assert 1.06 * peak_bytes(least, NEEDS, 24576) + least.pool_tokens * NEEDS.pool_token_bytes > room
         return
 
-    assert peak_bytes(limits, NEEDS) + limits.pool_tokens * NEEDS.pool_token_bytes <= room
+    assert peak_bytes(limits, NEEDS, 24576) + limits.pool_tokens * NEEDS.pool_token_bytes <= room
     assert limits.pool_tokens >= 6200 + answer
+
+
+def test_the_features_of_a_request_of_many_images_are_counted() -> None:
+    many = replace(DEMAND, worst=RequestSize(6200, 10 * 24576, 128))
+
+    limits = packed_limits(many, [4 * GIB])
+
+    more = peak_bytes(limits, NEEDS, 10 * 24576) - peak_bytes(limits, NEEDS, 24576)
+    assert more == 9 * 24576 // 4 * NEEDS.feature_token_bytes
+    assert peak_bytes(limits, NEEDS, 10 * 24576) + limits.pool_tokens * NEEDS.pool_token_bytes <= 4 * GIB
 
 
 def test_a_device_without_layers_leaves_the_pool_as_large_as_the_others_allow() -> None:

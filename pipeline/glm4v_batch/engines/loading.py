@@ -10,10 +10,12 @@ from glm4v_batch.activations import FloatArray
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.devices import cuda_visible_devices, let_segments_grow
 from glm4v_batch.engines import Engine
+from glm4v_batch.errors import PlacementError, first_line
 from glm4v_batch.job import Job
 from glm4v_batch.memory import MemoryModel, Meter
 from glm4v_batch.packed_limits import PackedDemand, packed_limits
 from glm4v_batch.types import PeakSample, Replica, Spot
+from glm4v_batch.units import GIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 # Compiling takes as long as what it saves on so many images: measured on an H100, 20 s and 30 ms.
 _WORTH_COMPILING = 700
+# In little room it saves more: uncompiled work takes memory that rows would have. By simulation some 70 ms.
+_WORTH_COMPILING_IN_LITTLE = 300
+_LITTLE_ROOM_BYTES = 8 * GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +51,29 @@ class ReplicaSettings:
 
 
 def load_engine(settings: ReplicaSettings) -> Engine:
-    """The engine of *settings*, its model loaded. It takes the process for itself: see the first lines."""
+    """The engine of *settings*, its model loaded. It takes the process for itself.
+
+    Raises PlacementError where there is less memory than the plan found.
+    """
+    try:
+        return _loaded(settings)
+    except RuntimeError as error:
+        # Not before: what imports torch must come after the environment that torch reads.
+        from glm4v_batch.engines.generate import ran_out_of_memory
+
+        if not ran_out_of_memory(error):
+            raise
+        said = first_line(error)
+    names = ", ".join(device.label for device in settings.replica.devices)
+    raise PlacementError(
+        f"Memory ran out while the model was loaded on {names}, though it was enough when the run was "
+        f"planned: {said}",
+        hint="Look with nvidia-smi who has come since; then run the same command again.",
+    )
+
+
+def _loaded(settings: ReplicaSettings) -> Engine:
+    """See the first lines: the rest of the process is bound by them."""
     devices = settings.replica.devices
     if devices[0].index is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices(devices)
@@ -99,7 +126,8 @@ def _packed_engine(
     packed = PackedModel(model, table, vocabulary.temporal_patch_size)
     warmed = WarmedUp(demand, 0.0)
     if packed.device.type == "cuda":
-        is_compiled = is_worth_compiling(settings.num_expected)
+        room_bytes = min(_room_bytes(meter, job.devices.memory_fraction))
+        is_compiled = is_worth_compiling(settings.num_expected, room_bytes)
         if is_compiled:
             packed.compile()
 
@@ -125,9 +153,13 @@ def _packed_engine(
     )
 
 
-def is_worth_compiling(num_expected: int | None) -> bool:
-    """Whether *num_expected* requests pay for it. Where nobody knows how many come, there may be millions."""
-    return num_expected is None or num_expected >= _WORTH_COMPILING
+def is_worth_compiling(num_expected: int | None, room_bytes: int) -> bool:
+    """Whether *num_expected* requests pay for it, with *room_bytes* beside the weights.
+
+    Where nobody knows how many come, there may be millions.
+    """
+    enough = _WORTH_COMPILING_IN_LITTLE if room_bytes < _LITTLE_ROOM_BYTES else _WORTH_COMPILING
+    return num_expected is None or num_expected >= enough
 
 
 def _room_bytes(meter: Meter, memory_fraction: float) -> list[int]:

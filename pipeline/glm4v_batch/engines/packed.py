@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from operator import gt
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -45,8 +46,12 @@ _CALLS_AHEAD = 4
 _LOOK_AHEAD = 8
 _MOST_PASSING = 32
 _CROWDED_FRACTION = 0.98
+# Lines without a shortage, of a second or more each, after which what was lowered is tried again.
+_LINES_BEFORE_RAISING = 300
 # So many answers are taken to be as long as allowed, until real ones say how long they are.
 _GUESSED_ANSWERS = 4
+
+_Found = TypeVar("_Found")
 
 
 class PackedEngine:
@@ -81,7 +86,10 @@ class PackedEngine:
         self._encoded: deque[Work] = deque()
         self._failed: list[Failure] = []
         self._answers = _Answers()
-        self._first_pool_tokens = limits.pool_tokens
+        self._tally = Tally()
+        self._stopwatch = Stopwatch(model.device)
+        self._num_clean = 0
+        self._first_limits = limits
         self._first_limit_bytes = meter.limit_bytes()
         self._fill(limits)
         self._tally.phase_seconds["compile"] = compile_seconds
@@ -103,8 +111,6 @@ class PackedEngine:
             model, pool, limits.max_rows, self._generation, self._vocabulary.eos_token_ids
         )
         self._memory = MemoryModel(self._meter.held_bytes(), self._coefficients)
-        self._tally = Tally()
-        self._stopwatch = Stopwatch(model.device)
 
     def drain(self) -> None:
         """See `Engine.drain`: what decodes is answered, what does not yet is dropped."""
@@ -217,8 +223,7 @@ class PackedEngine:
                 features[image.work].append(tensor)
         for work in works:
             work.unpin()
-            if tensors := features[work]:
-                work.features = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            work.features = features[work]
         self._encoded.extend(works)
 
     def _encode_call(self, call: Sequence[WorkImage]) -> Sequence[Tensor] | None:
@@ -227,8 +232,7 @@ class PackedEngine:
         with self._stopwatch.time({"vision": 1.0}):
             found, sample = self._measured(lambda: self._model.encode(patches, grids), shape)
         self._tally.add_call(sample, self._meter.reserved_bytes())
-        merged = self._model.merge_size**2
-        return None if found is None else torch.split(found, [len(image) // merged for image in patches])
+        return found
 
     def _expect_less_of_vision(self, call: Sequence[WorkImage]) -> None:
         if len(call) > 1:
@@ -324,7 +328,7 @@ class PackedEngine:
     def _refuse_too_long(self, work: Work) -> None:
         if work.num_pool_tokens <= self._limits.pool_tokens:
             return
-        if work.num_pool_tokens <= self._first_pool_tokens:
+        if work.num_pool_tokens <= self._first_limits.pool_tokens:
             if not any(self._by_row):
                 self._fill_as_at_first()
             return
@@ -356,7 +360,7 @@ class PackedEngine:
             work.num_prefilled += num_tokens
             if not work.num_left:
                 self._prefilling.remove(work)
-                work.num_launched, work.features = 1, None
+                work.num_launched, work.features = 1, ()
 
     def _collect(self) -> Iterator[Completion]:
         """What the oldest step under way has made of each row."""
@@ -390,15 +394,29 @@ class PackedEngine:
 
     # Memory
 
-    def _measured(self, do: Callable[[], Tensor], shape: BatchShape) -> tuple[Tensor | None, PeakSample]:
-        """What *do* gives, or None where memory ran out, and what it took."""
+    def _measured(self, do: Callable[[], _Found], shape: BatchShape) -> tuple[_Found | None, PeakSample]:
+        """What *do* gives, or None where memory ran out twice, and what it took.
+
+        The second time graphs have given up their memory, which is quickly recorded again: smaller limits
+        would last.
+        """
         with self._meter.watch(), torch.inference_mode():
             found = _unless_out_of_memory(do)
-        sample = PeakSample(shape, self._meter.peak_bytes(), out_of_memory=found is None)
+            is_out_of_memory = found is None
+            if found is None:
+                self._give_up_graphs()
+                found = _unless_out_of_memory(do)
+        sample = PeakSample(shape, self._meter.peak_bytes(), out_of_memory=is_out_of_memory)
         if found is None:
-            gc.collect()
-            self._meter.free()
+            self._give_up_graphs()
         return found, sample
+
+    def _give_up_graphs(self) -> None:
+        self._num_clean = 0
+        self._model.forget_graphs()
+        self._rows.forget_graphs()
+        gc.collect()
+        self._meter.free()
 
     def _expect_less_of_steps(self, num_prompt: int, num_rows: int) -> None:
         if num_prompt > FEWEST_PROMPT_TOKENS:
@@ -425,14 +443,16 @@ class PackedEngine:
 
     def _fill_as_at_first(self) -> None:
         """Make the pool as large again as it was: what made it smaller may be over."""
-        self._fill_anew(self._first_pool_tokens)
+        self._limits = replace(self._limits, max_rows=self._first_limits.max_rows)
+        self._fill_anew(self._first_limits.pool_tokens)
 
     def _fill_anew(self, num_tokens: int) -> None:
         before = self._limits.pool_tokens
+        self._give_up_graphs()
         del self._rows  # and with it the pool
         self._meter.free()
         if not _fits(lambda: self._fill(replace(self._limits, pool_tokens=num_tokens))):
-            raise _crowded(self._first_pool_tokens, before)
+            raise _crowded(self._first_limits.pool_tokens, before)
 
     def _begin_anew(self) -> None:
         """Let all wait again that is under way, in its order."""
@@ -453,14 +473,28 @@ class PackedEngine:
         for phase, seconds in self._stopwatch.ended():
             self._tally.phase_seconds[phase] += seconds
         run = self._tally.as_run(self._memory, budget)
-        for sample in (self._tally.largest_call, self._tally.largest_step):
-            if sample is not None:
-                self._memory.observe(sample)
         self._tally = Tally()
         self._meter.trim(budget)
-        if self._is_crowded() and any(map(gt, run.peak_bytes, budget)):
+        # What graphs work in counts as reserved alone.
+        taken = map(max, run.peak_bytes, self._reserved_bytes())
+        if self._is_crowded() and any(map(gt, taken, budget)):
             self._shrink_pool()
+        self._raise_limits()
         return run
+
+    def _reserved_bytes(self) -> tuple[int, ...]:
+        with self._meter.watch():
+            pass
+        return self._meter.reserved_bytes()
+
+    def _raise_limits(self) -> None:
+        """After a while without a shortage, try steps, calls and rows of the first sizes again."""
+        self._num_clean += 1
+        if self._num_clean == _LINES_BEFORE_RAISING:
+            first = self._first_limits
+            self._limits = replace(
+                self._limits, max_rows=len(self._by_row), step_tokens=first.step_tokens, patches=first.patches
+            )
 
     def _is_crowded(self) -> bool:
         """Whether others have taken memory that was free at first."""
@@ -522,7 +556,7 @@ class _Arriving:
         return numbers
 
 
-def _unless_out_of_memory(do: Callable[[], Tensor]) -> Tensor | None:
+def _unless_out_of_memory(do: Callable[[], _Found]) -> _Found | None:
     try:
         return do()
     except RuntimeError as error:

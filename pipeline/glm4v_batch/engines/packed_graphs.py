@@ -4,7 +4,8 @@ import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
@@ -44,25 +45,28 @@ _Given = TypeVar("_Given", bound=Recordable)
 
 
 class Graphs(Generic[_Given]):
-    """Gives what *run* gives, a tensor on the device; sizes that come again as graphs.
+    """Gives what work on the device gives, a tensor there; sizes that come again as graphs.
 
-    All graphs read one set of buffers and work in one pool of memory: they run one after another.
+    All graphs read one set of buffers and work in one pool of memory: they run one after another. *kind*
+    says of what they are.
     """
 
-    def __init__(self, run: Callable[[_Given], Tensor]) -> None:
-        self._run = run
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
         self._runs: dict[Hashable, int] = {}
         self._graphs: OrderedDict[Hashable, tuple[Any, Tensor]] = OrderedDict()
         self._buffers: list[Tensor] = []
         self._pool: Any = None
-        self._stream: Any = None
         self._num_failures = 0
 
-    def run(self, given: _Given) -> Tensor:
-        """What *run* gives for *given*, until the next call overwrites it. Raises torch.OutOfMemoryError."""
+    def run(self, do: Callable[[_Given], Tensor], given: _Given) -> Tensor:
+        """What *do* gives for *given*, until the next call overwrites it. Raises torch.OutOfMemoryError.
+
+        *do* is always the same. It is not kept: whoever has the graphs could not go before them.
+        """
         given = self._in_buffers(given)
-        if given.size not in self._graphs and not self._captured(given):
-            return self._run(given)
+        if given.size not in self._graphs and not self._captured(do, given):
+            return do(given)
         self._graphs.move_to_end(given.size)
         graph, found = self._graphs[given.size]
         graph.replay()
@@ -75,7 +79,7 @@ class Graphs(Generic[_Given]):
         self._graphs.clear()
         self._runs.clear()
 
-    def _captured(self, given: _Given) -> bool:
+    def _captured(self, do: Callable[[_Given], Tensor], given: _Given) -> bool:
         """Whether there is a graph for *given* now."""
         runs = self._runs.get(given.size, 0)
         self._runs[given.size] = runs + 1
@@ -84,7 +88,7 @@ class Graphs(Generic[_Given]):
         if len(self._graphs) == _MOST_GRAPHS:
             self._graphs.popitem(last=False)
         try:
-            self._graphs[given.size] = self._capture(given)
+            self._graphs[given.size] = self._capture(do, given)
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
@@ -94,22 +98,25 @@ class Graphs(Generic[_Given]):
     def _make_do_without(self) -> None:
         """Drop all graphs, as memory ran out for one: what they hold serves images and steps alike."""
         self._num_failures += 1
-        if self._num_failures == _MOST_FAILURES:
-            _log.warning(
-                "Recording a CUDA graph ran out of memory: from now on the host launches kernel by kernel, "
-                "which is slower. A lower devices.memory_fraction leaves room."
-            )
+        is_last = self._num_failures == _MOST_FAILURES
+        _log.warning(
+            "Recording a CUDA graph of %s ran out of memory (%d of %d times): %s A lower "
+            "devices.memory_fraction leaves room.",
+            self._kind,
+            self._num_failures,
+            _MOST_FAILURES,
+            "from now on the host launches kernel by kernel, which is slower." if is_last
+            else "all of them are recorded anew.",
+        )  # fmt: skip
         self.forget()
 
-    def _capture(self, given: _Given) -> tuple[Any, Tensor]:
+    def _capture(self, do: Callable[[_Given], Tensor], given: _Given) -> tuple[Any, Tensor]:
         if not self._graphs:
             # A pool of memory ends with the last graph that works in it.
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # One stream for all: each has a workspace of its own for products of matrices.
-        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with _recording(graph, self._pool, self._stream):
-            found = self._run(given)
+        with _recording(graph, self._pool, _stream_for(self._kind)):
+            found = do(given)
         return graph, found
 
     def _in_buffers(self, given: _Given) -> _Given:
@@ -129,6 +136,16 @@ class Graphs(Generic[_Given]):
         return tensor.new_zeros(max(held, 2 * tensor.numel()))
 
 
+@cache
+def _stream_for(kind: str) -> torch.cuda.Stream:  # noqa: ARG001  what it is cached by
+    """Where all graphs of a kind are recorded, and none of another.
+
+    Each stream has a workspace of its own for products of matrices, which newer versions of torch let go
+    of when a graph that was recorded there ends.
+    """
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
     """As `torch.cuda.graph`, which also collects garbage each time: half a second."""
@@ -144,8 +161,12 @@ def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 yield
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # What ended it early may have left work unjoined: that is no news then.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
     finally:
         if was_collecting:
             gc.enable()

@@ -2,7 +2,9 @@
 
 # P patches, V visual tokens, T packed tokens, R rows, C channels, D hidden size
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from glm4v_batch.engines.generate import normalise
+from glm4v_batch.engines.generate import normalise, ran_out_of_memory
 from glm4v_batch.engines.packed_attention import (
     TEXT_ATTENTION,
     VISION_ATTENTION,
@@ -27,6 +29,7 @@ from glm4v_batch.kv_pool import KVPool, make_pool
 from glm4v_batch.packed_limits import call_sizes
 from glm4v_batch.types import GridTHW
 
+_log = logging.getLogger(__name__)
 _MOST_COMPILED = 64
 
 FAMILIES = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
@@ -73,7 +76,7 @@ class PackedModel:
         self._temporal_patch_size = temporal_patch_size
         self._table = table.to(self.vision_device)
         self._features: Tensor | None = None
-        self._vision_graphs = Graphs(self._kept_features_of) if self.has_vision_graphs else None
+        self._vision_graphs: Graphs[VisionCall] | None = Graphs("images") if self.has_vision_graphs else None
         self._most_recorded = 0
 
     @property
@@ -107,7 +110,7 @@ class PackedModel:
     def has_graphs(self) -> bool:
         """Whether a step runs without the host's help, so that CUDA can record it."""
         head_dim = self.layers[0].self_attn.head_dim
-        is_whole = set(self.layer_devices) == {self.device, self.vision_device}
+        is_whole = len({weight.device for weight in self.model.parameters()}) == 1
         is_plain = not hasattr(self.model, "hf_quantizer") and "moe" not in self.text_config.model_type
         return is_whole and is_plain and has_kernel(self.device, self.dtype, head_dim)
 
@@ -140,16 +143,18 @@ class PackedModel:
         positions, delta = self.model.model.get_rope_index(input_ids[None], is_image, image_grid_thw=grid_thw)
         return positions[:, 0], int(delta)
 
-    def encode(self, images: Sequence[Tensor], grids: Sequence[GridTHW]) -> Tensor:
-        """The features [V, D] of *images*, one after another: of each its uint8 patches [P, C × patch²]."""
+    def encode(self, images: Sequence[Tensor], grids: Sequence[GridTHW]) -> list[Tensor]:
+        """The features [V, D] of each of *images*: of each its uint8 patches [P, C × patch²]."""
         num_patches = sum(map(len, images))
         is_recorded = num_patches <= self._most_recorded and len(images) <= MOST_IMAGES
         graphs = self._vision_graphs if is_recorded else None
         device = self.vision_device
         call = vision_call(images, grids, self.merge_size, device, fills_up=graphs is not None)
-        if graphs is None:
-            return self._features_of(call).to(self.device)
-        return graphs.run(call)[: num_patches // self.merge_size**2].clone()
+        features = self._features_of(call) if graphs is None else graphs.run(self._kept_features_of, call)
+        sizes = [len(image) // self.merge_size**2 for image in images]
+        parts = torch.split(features[: sum(sizes)], sizes)
+        # Copies: a part would keep all of the call's features for as long as its request waits.
+        return [part.to(self.device, copy=True) for part in parts]
 
     def _features_of(self, call: VisionCall) -> Tensor:
         pixels = normalise(call.patches, self._table, self._temporal_patch_size)
@@ -176,16 +181,29 @@ class PackedModel:
         """Have all calls of up to *most_patches* as graphs; what they take together, the largest takes alone.
 
         A size that was recorded later would run once without its graph, in memory of its own.
-        *most_patches* is one of the sizes that calls are filled up to. Raises torch.OutOfMemoryError.
+        *most_patches* is one of the sizes that calls are filled up to. Without memory for that, images go
+        without graphs.
         """
         if self._vision_graphs is None:
             return
         self._vision_graphs.forget()
         self._most_recorded = most_patches
-        for size in call_sizes(most_patches):
-            image = torch.zeros(size, self.patch_values, dtype=torch.uint8)
-            for _ in range(RUNS_TO_RECORD):
-                self.encode([image], [(1, self.merge_size, size // self.merge_size)])
+        try:
+            for size in call_sizes(most_patches):
+                image = torch.zeros(size, self.patch_values, dtype=torch.uint8)
+                for _ in range(RUNS_TO_RECORD):
+                    self.encode([image], [(1, self.merge_size, size // self.merge_size)])
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            self._most_recorded = 0
+            self.forget_graphs()
+            _log.warning("CUDA graphs of images do not fit beside the model: these take a little longer.")
+
+    def forget_graphs(self) -> None:
+        """Give up the memory of the vision tower's graphs; they are recorded again as they come."""
+        if self._vision_graphs is not None:
+            self._vision_graphs.forget()
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeddings [T, D] of int64 *input_ids* [T]."""
@@ -205,10 +223,10 @@ class PackedModel:
         for layer, keys, values in zip(self.layers, pool.keys, pool.values, strict=True):
             if stage.hidden.device != keys.device:
                 stage = stage.to(keys.device)
-            in_hand = _given(layer.self_attn, keys, values, stage.packing)
-            if layer is self.layers[-1]:
-                return self._ended(stage, in_hand, last.to(keys.device, non_blocking=True))
-            hidden = layer(stage.hidden, position_embeddings=stage.rotary, attention_mask=None)
+            with _given(layer.self_attn, keys, values, stage.packing) as in_hand:
+                if layer is self.layers[-1]:
+                    return self._ended(stage, in_hand, last.to(keys.device, non_blocking=True))
+                hidden = layer(stage.hidden, position_embeddings=stage.rotary, attention_mask=None)
             stage = replace(stage, hidden=hidden)
         raise AssertionError("a decoder has layers")
 
@@ -240,14 +258,19 @@ class PackedModel:
         shutdown_compile_workers()
 
 
-def _given(attention: Any, keys: Tensor, values: Tensor, packing: Packing) -> InHand:
-    """What *attention* works with, where it finds it."""
+@contextmanager
+def _given(attention: Any, keys: Tensor, values: Tensor, packing: Packing) -> Iterator[InHand]:
+    """What *attention* works with, where it finds it, while it does."""
     in_hand: InHand | None = getattr(attention, "in_hand", None)
     if in_hand is None:
         in_hand = attention.in_hand = InHand(keys, values, packing)
     # Not another object: compiled code looks whether a module's attributes are what they were.
     in_hand.keys, in_hand.values, in_hand.packing = keys, values, packing
-    return in_hand
+    try:
+        yield in_hand
+    finally:
+        # What stayed there would keep a pool in memory that its owner has given up.
+        del in_hand.keys, in_hand.values, in_hand.packing
 
 
 class _WholeKernel(torch.nn.Module):

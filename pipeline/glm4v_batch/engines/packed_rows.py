@@ -32,7 +32,7 @@ class Piece:
     input_ids     int64 [n] on the host
     positions     int64 [3, n] on the host
     image_places  int64 [F] on the host, which of the *n* tokens stand for images
-    features      [F, D] on the device
+    features      [F, D] on the device, in parts
     pool_place    where the piece's first key goes in the pool
     num_before    tokens of the prompt that are in the pool already, right before that place
     """
@@ -41,7 +41,7 @@ class Piece:
     input_ids: Tensor
     positions: Tensor
     image_places: Tensor
-    features: Tensor | None
+    features: Sequence[Tensor]
     pool_place: int
     num_before: int
     ends_prompt: bool
@@ -162,7 +162,7 @@ class DecodeRows:
         if generation.repetition_penalty != 1:
             vocabulary = model.text_config.vocab_size
             self._seen = torch.zeros(max_rows, vocabulary, dtype=torch.bool, device=device)
-        self._graphs = Graphs(self._tokens_of) if model.has_graphs else None
+        self._graphs: Graphs[Step] | None = Graphs("steps") if model.has_graphs else None
 
     def enter(self, entries: Sequence[Entry]) -> None:
         """Set rows up for new requests. They decode once a piece has ended their prompt."""
@@ -188,6 +188,11 @@ class DecodeRows:
         """Let no row decode any more."""
         self._is_live.zero_()
 
+    def forget_graphs(self) -> None:
+        """Give up the memory of graphs, once nothing is under way; they are recorded again as they come."""
+        if self._graphs is not None:
+            self._graphs.forget()
+
     def step(self, pieces: Sequence[Piece], num_rows: int) -> Tensor:
         """Prefill *pieces*, decode the live ones of the first *num_rows* rows.
 
@@ -205,13 +210,13 @@ class DecodeRows:
         )
         numbers = _Numbers(*torch.split(self._send(on_host), lengths))
         step = self._step_of(pieces, numbers)
-        tokens_R = self._graphs.run(step) if self._graphs else self._tokens_of(step)
+        tokens_R = self._graphs.run(self._tokens_of, step) if self._graphs else self._tokens_of(step)
         return self._advance(tokens_R, numbers.is_fresh.bool())
 
     def _step_of(self, pieces: Sequence[Piece], numbers: _Numbers) -> Step:
         num_rows = len(numbers.last)
         embeds = self._model.embed(torch.cat([numbers.input_ids, self._token[:num_rows]]))
-        features = [piece.features for piece in pieces if piece.features is not None]
+        features = [part for piece in pieces for part in piece.features]
         if features:
             embeds.index_copy_(0, numbers.image_places, torch.cat(features).to(embeds.dtype))
         positions_R = (self._index + self._offset)[:num_rows].expand(3, -1)

@@ -79,8 +79,8 @@ def vision_call(
 
 
 def _copied_beside(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """*images* on *device*, from pinned memory while it is still at work on what came before."""
-    if device.type != "cuda":
+    """*images* on *device*; from pinned memory while it is still at work on what came before."""
+    if not all(image.is_pinned() for image in images):
         return [image.to(device) for image in images]
     current, beside = torch.cuda.current_stream(device), _copying_stream(device)
     with torch.cuda.stream(beside):

@@ -88,7 +88,7 @@ class _Work:
         size = self.num_prompt
         none = torch.zeros(0, dtype=torch.int64)
         places = torch.arange(size).expand(3, -1)
-        piece = Piece(0, torch.zeros(size, dtype=torch.int64), places, none, None, 0, 0, ends_prompt=False)
+        piece = Piece(0, torch.zeros(size, dtype=torch.int64), places, none, (), 0, 0, ends_prompt=False)
         self._rows.step([piece], self._max_rows)
 
     def decode(self) -> None:

@@ -21,7 +21,7 @@ class Work:
     position_offset  what positions are ahead of the count of tokens once the prompt has ended
     image_places     int64 [F], ascending, which of the prompt's tokens stand for images
     patches          uint8 [P, channels × patch²], of all images; in pinned memory until they are encoded
-    features         [F, D]; None before, after, and where there are no images
+    features         [V, D] of each image, V of F; none before, after, and where there are no images
     num_launched     steps that write a token of the answer and were launched; *tokens* is behind
     """
 
@@ -31,7 +31,7 @@ class Work:
     position_offset: int
     image_places: Tensor
     patches: Tensor
-    features: Tensor | None = None
+    features: Sequence[Tensor] = ()
     row: int = -1
     pool_start: int = 0
     num_prefilled: int = 0
@@ -62,7 +62,7 @@ class Work:
             input_ids=self.input_ids[begin:end],
             positions=self.positions[:, begin:end],
             image_places=self.image_places[first:last] - begin,
-            features=None if self.features is None or first == last else self.features[first:last],
+            features=list(_between(self.features, first, last)),
             pool_place=self.pool_start + begin,
             num_before=begin,
             ends_prompt=end == self.request.prompt_tokens,
@@ -74,9 +74,19 @@ class Work:
 
     def begin_anew(self) -> None:
         """Forget all that was done."""
-        self.features, self.row = None, -1
+        self.features, self.row = (), -1
         self.num_prefilled = self.num_launched = 0
         self.tokens.clear()
+
+
+def _between(tensors: Sequence[Tensor], first: int, last: int) -> Iterator[Tensor]:
+    """The rows from *first* to *last* of *tensors*, as if these were one."""
+    begin = 0
+    for tensor in tensors:
+        end = begin + len(tensor)
+        if first < end and begin < last:
+            yield tensor[max(0, first - begin) : last - begin]
+        begin = end
 
 
 @dataclass(frozen=True, slots=True)
