@@ -25,7 +25,16 @@ from glm4v_batch.job import GenerationSettings
 from glm4v_batch.kv_pool import KVPool
 from glm4v_batch.memory import MemoryModel, prior_coefficients
 from glm4v_batch.packed_limits import PackedLimits
-from glm4v_batch.types import BatchRun, BatchStart, Completion, Failure, ModelInputs, Request
+from glm4v_batch.types import (
+    BatchRun,
+    BatchShape,
+    BatchStart,
+    Completion,
+    Failure,
+    ModelInputs,
+    PeakSample,
+    Request,
+)
 from tests.cpu_meter import CpuMeter
 from tests.families import FAMILIES, small_model
 from tests.packed import LIMITS, packed_engine
@@ -515,6 +524,19 @@ def test_memory_that_runs_out_once_lowers_no_limit_and_is_told(
     assert texts(events) == texts(answers("caption", requests))
     assert engine._limits == FEW
     assert sum(run.out_of_memory for run in runs(events)) == 1
+
+
+def test_what_ran_out_of_memory_is_told_though_the_pool_is_made_anew() -> None:
+    engine = packed_engine("caption", limits=FEW)
+    short = PeakSample(BatchShape(1, 64, 0, 0, 0), (1,), out_of_memory=True)
+    engine._tally.add_step(short, (1,), 63, 1)
+
+    assert engine._shrink_pool()
+
+    run = engine._reported()
+    assert isinstance(run, BatchRun)
+    assert run.out_of_memory
+    assert run.prompt_tokens == 63
 
 
 def test_what_was_lowered_is_tried_again_after_a_while_without_a_shortage() -> None:
