@@ -260,7 +260,7 @@ def replica_settings(plan: Plan) -> list[ReplicaSettings]:
             samples=forecast.samples(index),
             must_probe=not can_predict(forecast.needs.config),
             offload_folder=offload_folder(Path(job.output.path), index),
-            packed=packed_demand(job, forecast, replica) if forecast.is_packed else None,
+            packed=packed_demand(job, forecast, replica) if forecast.is_packed(index) else None,
             num_expected=None if plan.num_left is None else plan.num_left // len(forecast.placement.replicas),
         )
         for index, replica in enumerate(forecast.placement.replicas)

@@ -19,7 +19,7 @@ from glm4v_batch.placement import expected_batch_size, packed_needs, place, stan
 from glm4v_batch.preprocess import PreprocessSettings
 from glm4v_batch.report import read_report, read_runs
 from glm4v_batch.sources import Source
-from glm4v_batch.speed import TimeEstimate, WorkAhead, estimate, prior_seconds
+from glm4v_batch.speed import TimeEstimate, WorkAhead, estimate, prior_seconds, side_by_side
 from glm4v_batch.survey import Survey, survey, worst_case
 from glm4v_batch.types import BatchRun, Device, PeakSample, Placement, Replica, RequestSize
 from glm4v_batch.units import GIB
@@ -40,8 +40,8 @@ class Forecast:
     *contexts* name each replica's model and kind of devices; *runs* are the batches that earlier runs
     measured in each context, the oldest first. *batch_size* is how many typical requests a replica is
     expected to take at once, *time* how long what is left will take: None where nothing is known of it.
-    *image_patches* is the most that one image may have, *reason_for_generate* why the packed engine does
-    not run, None where it does.
+    *image_patches* is the most that one image may have, *reasons_for_generate* why the packed engine does
+    not run on each replica, None where it does.
     """
 
     devices: tuple[Device, ...]
@@ -51,16 +51,15 @@ class Forecast:
     worst: RequestSize
     placement: Placement
     image_patches: int
-    reason_for_generate: str | None
+    reasons_for_generate: tuple[str | None, ...] = ()
     contexts: tuple[str, ...] = ()
     runs: Mapping[str, Sequence[BatchRun]] = field(default_factory=dict)
     batch_size: int = 1
     time: TimeEstimate | None = None
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether the packed engine runs."""
-        return self.reason_for_generate is None
+    def is_packed(self, replica: int) -> bool:
+        """Whether the packed engine runs on *replica*."""
+        return self.reasons_for_generate[replica] is None
 
     def samples(self, replica: int) -> list[PeakSample]:
         """What the memory model of *replica* can learn from earlier runs."""
@@ -96,20 +95,30 @@ def make_forecast(
         worst=worst,
         placement=placement,
         image_patches=image_patches,
-        reason_for_generate=reason_for_generate(job, needs, placement),
     )
+    reasons = tuple(_reason_for_generate(job, forecast, replica) for replica in placement.replicas)
+    return _with_runs(job, replace(forecast, reasons_for_generate=reasons), num_left)
+
+
+def _reason_for_generate(job: Job, forecast: Forecast, replica: Replica) -> str | None:
+    """One card more, however small, takes the faster engine from no other."""
+    if reason := reason_for_generate(job, forecast.needs, replica):
+        return reason
     try:
-        return _with_runs(job, forecast, num_left)
+        _packed_rows(job, forecast, replica)
     except PlacementError as error:
         if job.batching.engine == "packed":
             raise
-        return _with_runs(job, replace(forecast, reason_for_generate=first_line(error)), num_left)
+        return first_line(error)
+    return None
 
 
 def _with_runs(job: Job, forecast: Forecast, num_left: int | None) -> Forecast:
     """*forecast* with what earlier runs measured, the batch size and the time."""
-    replicas, is_packed = forecast.placement.replicas, forecast.is_packed
-    contexts = tuple(context_of(forecast.needs, replica, is_packed=is_packed) for replica in replicas)
+    contexts = tuple(
+        context_of(forecast.needs, replica, is_packed=forecast.is_packed(index))
+        for index, replica in enumerate(forecast.placement.replicas)
+    )
     known = replace(forecast, contexts=contexts, runs=_runs(Path(job.output.path), contexts))
     sized = replace(known, batch_size=_batch_size(job, known, num_left))
     return replace(sized, time=_time(job, sized, num_left))
@@ -142,7 +151,7 @@ def _packed_rows(job: Job, forecast: Forecast, replica: Replica) -> int:
 
 def _fitting(job: Job, forecast: Forecast, index: int) -> int:
     replica = forecast.placement.replicas[index]
-    if forecast.is_packed:
+    if forecast.is_packed(index):
         return _packed_rows(job, forecast, replica)
     fraction = job.devices.memory_fraction
     return expected_batch_size(replica, forecast.needs, forecast.typical, fraction, forecast.samples(index))
@@ -159,18 +168,26 @@ def _batch_size(job: Job, forecast: Forecast, num_left: int | None) -> int:
 def _time(job: Job, forecast: Forecast, num_left: int | None) -> TimeEstimate | None:
     if num_left is None:
         return None
-    ahead = WorkAhead(
-        forecast.survey,
-        num_left,
-        forecast.batch_size,
-        len(forecast.placement.replicas),
-        _load_seconds(job, forecast),
-    )
-    replica = forecast.placement.replicas[0]
+    load_seconds = _load_seconds(job, forecast)
+    num_replicas = len(forecast.placement.replicas)
+    if len(set(forecast.contexts)) == 1:
+        ahead = WorkAhead(forecast.survey, num_left, forecast.batch_size, num_replicas, load_seconds)
+        return _time_on(forecast, 0, ahead)
+    whole = WorkAhead(forecast.survey, num_left, forecast.batch_size)
+    sizes = (max(1, _fitting(job, forecast, index)) for index in range(num_replicas))
+    alone = (_time_on(forecast, index, replace(whole, batch_size=size)) for index, size in enumerate(sizes))
+    return side_by_side([time for time in alone if time is not None], load_seconds)
+
+
+def _time_on(forecast: Forecast, index: int, ahead: WorkAhead) -> TimeEstimate | None:
+    replica = forecast.placement.replicas[index]
     prior = prior_seconds(
-        forecast.needs.config, replica.devices[0], fetching_seconds(replica), is_packed=forecast.is_packed
+        forecast.needs.config,
+        replica.devices[0],
+        fetching_seconds(replica),
+        is_packed=forecast.is_packed(index),
     )
-    return estimate(ahead, forecast.runs[forecast.contexts[0]], prior)
+    return estimate(ahead, forecast.runs[forecast.contexts[index]], prior)
 
 
 def fetching_seconds(replica: Replica) -> float:

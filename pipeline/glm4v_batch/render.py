@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -86,16 +87,24 @@ def _forecast_lines(plan: "Plan") -> Iterator[str]:
     for replica in forecast.placement.replicas:
         lines = _room(replica, forecast.needs, job.devices.memory_fraction)
         yield from (f"             {line}" for line in lines)
-    yield f"engine       {_engine(forecast)}"
+    first, *others = _engines(forecast)
+    yield f"engine       {first}"
+    yield from (f"             {line}" for line in others)
     yield f"requests     {_requests(forecast)}"
     yield f"batch        about {format_count(forecast.batch_size, 'typical request')} at once"
     time = "unknown" if forecast.time is None else time_as_text(forecast.time)
     yield f"time         {time}"
 
 
-def _engine(forecast: "Forecast") -> str:
-    reason = forecast.reason_for_generate
-    return "packed" if reason is None else f"generate: {reason}"
+def _engines(forecast: "Forecast") -> Iterator[str]:
+    """Which engine runs, a line for each reason; on which GPUs, where there are several reasons."""
+    places: defaultdict[str | None, list[Replica]] = defaultdict(list)
+    for reason, replica in zip(forecast.reasons_for_generate, forecast.placement.replicas, strict=True):
+        places[reason].append(replica)
+    for reason, replicas in places.items():
+        where = ", ".join(device.label for replica in replicas for device in replica.devices)
+        engine = "packed" if reason is None else f"generate: {reason}"
+        yield engine if len(places) == 1 else f"on {where}: {engine}"
 
 
 def _device(device: "Device") -> str:
@@ -155,7 +164,7 @@ def plan_as_json(plan: "Plan") -> str:
             "vanished": plan.vanished,
             "changed": list(plan.changed),
             "retry": None if plan.retries is None else _retries_as_dict(plan.retries),
-            "forecast": _forecast_as_dict(plan.forecast),
+            "forecast": _forecast_as_dict(plan),
             "fingerprint": plan.fingerprint,
             "settings": plan.opened.settings,
             "output": job.output.path,
@@ -167,9 +176,27 @@ def _retries_as_dict(retries: "Retries") -> dict[str, Any]:
     return {"rows": retries.num_rows, "failures": dict(retries.codes), "stuck": retries.num_stuck}
 
 
-def _forecast_as_dict(forecast: "Forecast | None") -> dict[str, Any] | None:
+def _replica_as_dict(forecast: "Forecast", index: int, memory_fraction: float) -> dict[str, Any]:
+    """What `plan` says of a replica: its engine, and each of its devices' budget and room in bytes."""
+    from glm4v_batch.placement import standing_bytes
+
+    replica, reason = forecast.placement.replicas[index], forecast.reasons_for_generate[index]
+    budgets = [int(device.usable_bytes * memory_fraction) for device in replica.devices]
+    standing = standing_bytes(replica, forecast.needs)
+    return {
+        "engine": "packed" if reason is None else "generate",
+        "reason_for_generate": reason,
+        "devices": [device.index for device in replica.devices],
+        "budget_bytes": budgets,
+        "room_bytes": [budget - kept for budget, kept in zip(budgets, standing, strict=True)],
+    }
+
+
+def _forecast_as_dict(plan: "Plan") -> dict[str, Any] | None:
+    forecast, fraction = plan.forecast, plan.opened.job.devices.memory_fraction
     if forecast is None:
         return None
+    num_replicas = len(forecast.placement.replicas)
     return {
         "devices": [asdict(device) for device in forecast.devices],
         "placement": asdict(forecast.placement),
@@ -177,6 +204,7 @@ def _forecast_as_dict(forecast: "Forecast | None") -> dict[str, Any] | None:
         "sampled": {"rows": len(forecast.survey.sizes), "failures": dict(forecast.survey.failures)},
         "typical_request": asdict(forecast.typical),
         "largest_request": asdict(forecast.worst),
+        "replicas": [_replica_as_dict(forecast, index, fraction) for index in range(num_replicas)],
         "batch_size": forecast.batch_size,
         "time": None if forecast.time is None else asdict(forecast.time),
     }

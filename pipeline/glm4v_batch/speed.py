@@ -7,7 +7,7 @@ has not seen and from how far the sampled rows differ, never from the fit's own 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,25 @@ def estimate(ahead: WorkAhead, runs: Sequence[BatchRun], prior: FloatArray) -> T
     seconds = overhead * _total_seconds(ahead, _learn(steady, prior))
     factor = math.exp(_DEVIATIONS * _relative_error(ahead, steady, prior))
     return _interval(ahead, seconds, factor, is_measured=True)
+
+
+def side_by_side(alone: Sequence[TimeEstimate], load_seconds: float) -> TimeEstimate | None:
+    """How long copies take together that each would take *alone* for all of the work, after loading.
+
+    Whoever is faster gets more of it. None where nothing is known.
+    """
+    if not alone:
+        return None
+
+    def together(seconds: Iterable[float]) -> float:
+        return load_seconds + 1 / sum(1 / max(each, 1e-9) for each in seconds)
+
+    return TimeEstimate(
+        together(each.seconds for each in alone),
+        together(each.low_seconds for each in alone),
+        together(each.high_seconds for each in alone),
+        is_measured=all(each.is_measured for each in alone),
+    )
 
 
 def _without_first(runs: Sequence[BatchRun]) -> list[BatchRun]:

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from glm4v_batch import forecast as forecast_module
 from glm4v_batch.asked import Asked
 from glm4v_batch.forecast import Forecast, context_of, fetching_seconds
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.output import locked
 from glm4v_batch.parts import STATE_FOLDER
 from glm4v_batch.plan import make_plan, open_job
+from glm4v_batch.render import plan_as_json, plan_as_text
 from glm4v_batch.report import Report
 from glm4v_batch.speed import prior_seconds
 from glm4v_batch.types import BatchRun, BatchShape, Replica, ReplicaReady
-from tests.cards import glm_41v, gpu
+from tests.cards import cpu, glm_41v, gpu, gpus
 from tests.conftest import MakeSource
 from tests.e2e.command import write_job
 
@@ -120,6 +122,53 @@ def test_nothing_is_looked_at_where_nothing_is_left(job: Job) -> None:
 
 def _echo(job: Job) -> object:
     return job.batching.model_copy(update={"engine": "echo"})
+
+
+def on_cards(*gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be cards of these sizes, and weights of GLM-4.1V-9B in the job's model."""
+    found = {"cpu": (cpu(64),), "all": tuple(gpus(*gib))}
+    monkeypatch.setattr(forecast_module, "find_devices", lambda use, *_: found[use])
+    monkeypatch.setattr(forecast_module, "read_needs", lambda *_: glm_41v())
+
+
+def on_auto(job: Job) -> Job:
+    """*job* on all cards, by the engine that serves there."""
+    devices = job.devices.model_copy(update={"use": "all"})
+    batching = job.batching.model_copy(update={"engine": "auto"})
+    return job.model_copy(update={"devices": devices, "batching": batching})
+
+
+def test_a_small_card_more_takes_the_packed_engine_from_no_other(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = on_auto(job)
+    on_cards(24, 24, monkeypatch=monkeypatch)
+    two = forecast_of(job)
+    on_cards(24, 24, 20, 20, monkeypatch=monkeypatch)
+
+    more = forecast_of(job)
+
+    assert two.reasons_for_generate == (None, None)
+    assert [len(replica.devices) for replica in more.placement.replicas] == [1, 1, 2]
+    assert more.reasons_for_generate[:2] == (None, None)
+    assert "several GPUs" in str(more.reasons_for_generate[2])
+    assert more.contexts[0] == two.contexts[0] != more.contexts[2]
+    assert two.time is not None
+    assert more.time is not None
+    assert more.time.seconds < two.time.seconds
+
+
+def test_the_plan_says_which_engine_runs_where(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = on_auto(job)
+    on_cards(24, 20, 20, monkeypatch=monkeypatch)
+
+    plan = make_plan(open_job(job))
+
+    text = plan_as_text(plan)
+    assert "engine       on GPU 0: packed\n             on GPU 1, GPU 2: generate: a copy" in text
+    told = json.loads(plan_as_json(plan))["forecast"]["replicas"]
+    assert [(each["engine"], each["devices"]) for each in told] == [("packed", [0]), ("generate", [1, 2])]
+    assert all(each["room_bytes"][0] < each["budget_bytes"][0] for each in told)
 
 
 def test_replicas_on_equal_cards_learn_from_each_other_and_others_do_not() -> None:
