@@ -526,6 +526,20 @@ def test_memory_that_runs_out_once_lowers_no_limit_and_is_told(
     assert sum(run.out_of_memory for run in runs(events)) == 1
 
 
+def test_an_image_that_waits_keeps_its_own_features_and_no_others() -> None:
+    limits = PackedLimits(max_rows=16, pool_tokens=2000, step_tokens=64, patches=512)
+    engine = small_engine(random_model("glm4v"), small_vocabulary(), limits)
+    prepared = [engine._prepare(request) for request in small_requests(30)]
+    works = [work for work in prepared if isinstance(work, Work)]
+
+    engine._encode(works)
+
+    assert [len(work.features) for work in works] == [len(w.request.inputs.image_grid_thw) for w in works]
+    features = [tensor for work in works for tensor in work.features]
+    assert len(features) > 20
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in features)
+
+
 def test_what_ran_out_of_memory_is_told_though_the_pool_is_made_anew() -> None:
     engine = packed_engine("caption", limits=FEW)
     short = PeakSample(BatchShape(1, 64, 0, 0, 0), (1,), out_of_memory=True)
