@@ -13,6 +13,12 @@ from glm4v_batch.reasons import names_of, request_bytes
 from glm4v_batch.types import Device, RequestSize
 from glm4v_batch.units import format_bytes, format_count
 
+# What is left beyond is for what nobody counts: kernels, and the workspaces of libraries.
+_HIGHEST_FRACTION = 0.95
+_ANOTHER_JOB = (
+    " Other pixel limits, answers or weights make another job: a folder that holds parts refuses it, so name "
+    "another output.path."
+)
 _MOST_GPUS = 64
 # An image of fewer visual tokens is a thumbnail.
 _LEAST_TOKENS = 64
@@ -72,13 +78,16 @@ def _or_auto(chosen: Sequence[Device], demand: Demand) -> str:
 
 
 def _hint(devices: Sequence[Device], demand: Demand) -> str:
-    remedies = [
+    harmless = [
         *_more_memory(devices, demand),
         *_more_devices(devices, demand),
-        *_smaller_requests(devices, demand),
-        *_smaller_weights(devices, demand),
         *_offloading(devices, demand),
     ]
+    changing = [*_smaller_requests(devices, demand), *_smaller_weights(devices, demand)]
+    return f"{_one_of([*harmless, *changing], devices)}{_ANOTHER_JOB if changing else ''}"
+
+
+def _one_of(remedies: Sequence[str], devices: Sequence[Device]) -> str:
     if not remedies:
         on_cpu = devices[0].index is None
         return f"Use a smaller model, or {'a machine with more memory' if on_cpu else 'larger GPUs'}."
@@ -91,11 +100,11 @@ def _with(demand: Demand, **settings: object) -> Demand:
 
 
 def _more_memory(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
-    fraction: float = DeviceSettings.model_fields["memory_fraction"].default
-    if demand.settings.memory_fraction < fraction and finds_room(
-        devices, _with(demand, memory_fraction=fraction)
-    ):
-        yield f"raise devices.memory_fraction to {fraction:g}"
+    default: float = DeviceSettings.model_fields["memory_fraction"].default
+    higher = (f for f in (default, _HIGHEST_FRACTION) if f > demand.settings.memory_fraction)
+    enough_fraction = next((f for f in higher if finds_room(devices, _with(demand, memory_fraction=f))), None)
+    if enough_fraction is not None:
+        yield f"raise devices.memory_fraction to {enough_fraction:g}"
     unlimited = [replace(device, limit_bytes=None) for device in devices]
     freed = [replace(device, free_bytes=device.total_bytes) for device in devices]
     both = [replace(device, limit_bytes=None) for device in freed]
@@ -128,7 +137,7 @@ def _more_devices(devices: Sequence[Device], demand: Demand) -> Iterator[str]:
     if count <= _MOST_GPUS:
         room = best.free_bytes if best.limit_bytes is None else min(best.free_bytes, best.limit_bytes)
         sized = f" and set devices.gpus_per_replica: {count}" if is_sized else ""
-        yield f"use {format_count(count, 'GPU')} with {format_bytes(room)} each{sized}"
+        yield f"use {format_count(count, 'GPU')} with {format_bytes(room)} free each{sized}"
 
 
 def _smaller_requests(devices: Sequence[Device], demand: Demand) -> Iterator[str]:

@@ -324,7 +324,7 @@ def test_a_model_without_room_is_refused_with_all_numbers() -> None:
 @pytest.mark.parametrize(
     ("devices", "remedy"),
     [
-        (gpus(80, 80), "use 3 GPUs with 80.00 GiB each"),
+        (gpus(80, 80), "use 3 GPUs with 80.00 GiB free each"),
         ([gpu(index, 80, limit=60) for index in range(3)], "raise devices.memory_limit_gib"),
         ([gpu(index, 80, free=60) for index in range(3)], "free the memory that others hold"),
         (gpus(80, 80), "use a version of the model in 8 bits"),
@@ -453,7 +453,7 @@ def test_one_copy_is_never_laid_over_mig_devices() -> None:
 def test_advice_for_groups_names_the_setting_of_groups_and_helps() -> None:
     hint = refusal(gpus(12, 12), layout="replicas").hint
 
-    assert "use 3 GPUs with 12.00 GiB each and set devices.gpus_per_replica: 3" in hint
+    assert "use 3 GPUs with 12.00 GiB free each and set devices.gpus_per_replica: 3" in hint
     assert placed(gpus(12, 12, 12), layout="replicas", gpus_per_replica=3).replicas
 
 
@@ -470,6 +470,7 @@ def test_advice_tells_of_a_limit_that_must_rise_too_and_of_a_low_fraction() -> N
     crowded = [gpu(0, 24, free=10, limit=16)]
 
     assert "free the memory that others hold and raise devices.memory_limit_gib" in refusal(crowded).hint
+    assert "raise devices.memory_fraction to 0.95" in refusal([gpu(0, 24, free=23)]).hint
     assert "raise devices.memory_fraction to 0.92" in refusal(gpus(24), memory_fraction=0.8).hint
 
 
@@ -569,7 +570,9 @@ SMALL = needs_of(layers=20)
 def _advised(hint: str) -> list[str]:
     if "would do: " not in hint:
         return []
-    return hint.partition("would do: ")[2].rstrip(".").replace("; or ", "; ").split("; ")
+    advice, _, caution = hint.partition("would do: ")[2].partition(". ")
+    assert bool(caution) == any(word in advice for word in ("images.", "generation.", "dtype", "a version"))
+    return advice.rstrip(".").replace("; or ", "; ").split("; ")
 
 
 def _heeding(
@@ -584,7 +587,7 @@ def _heeding(
         kept = unlimited if "memory_limit_gib" in advice else devices
         return [replace(device, free_bytes=device.total_bytes) for device in kept], wishes, worst
     if advice.startswith("raise devices.memory_fraction"):
-        return devices, wishes.model_copy(update={"memory_fraction": 0.92}), worst
+        return devices, wishes.model_copy(update={"memory_fraction": float(advice.split()[-1])}), worst
     if advice.startswith("leave devices.layout"):
         return devices, wishes.model_copy(update={"layout": "auto", "gpus_per_replica": "auto"}), worst
     if advice.startswith("use a version"):
