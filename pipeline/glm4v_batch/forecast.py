@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from glm4v_batch.activations import can_predict
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.devices import find_devices
 from glm4v_batch.engine_choice import reason_for_generate
@@ -86,7 +87,10 @@ def make_forecast(
     typical = sampled.typical or worst
     (host,) = find_devices("cpu")
     image_patches = worst_case(preprocess).visual_patches
-    placement = place(devices, needs, job.devices, worst, typical, host, image_patches)
+    # What can only be guessed refuses no card: the first requests are measured, and one that fits not even
+    # alone fails as a row.
+    must_fit = worst if can_predict(needs.config) else typical
+    placement = place(devices, needs, job.devices, must_fit, typical, host, image_patches)
     forecast = Forecast(
         devices=devices,
         needs=needs,

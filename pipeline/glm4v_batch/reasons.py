@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
+from glm4v_batch.activations import can_predict
 from glm4v_batch.device_map import spots_of
 from glm4v_batch.job import DeviceSettings
 from glm4v_batch.layouts import Demand
@@ -31,6 +32,13 @@ def request_bytes(demand: Demand) -> int:
     return RunCosts(needs, (needs.modules,)).of(0, 1, (batch_of(demand.worst),)) - needs.weight_bytes
 
 
+def request_named(demand: Demand) -> str:
+    """Which request a copy must have room for, in words."""
+    if can_predict(demand.needs.config):
+        return "the largest request"
+    return "a typical request, by a guess until some are measured"
+
+
 def names_of(devices: Sequence[Device]) -> str:
     """*devices* as the job file numbers them, such as "GPUs 0, 1 and 3"."""
     if devices[0].index is None:
@@ -41,7 +49,7 @@ def names_of(devices: Sequence[Device]) -> str:
 
 def _on_single_devices(replicas: Sequence[Replica], demand: Demand) -> str:
     weights = format_bytes(max(sum(replica.weight_bytes) for replica in replicas))
-    what = f"{weights} of weights and the largest request ({format_bytes(request_bytes(demand))}) fit"
+    what = f"{weights} of weights and {request_named(demand)} ({format_bytes(request_bytes(demand))}) fit"
     if len(replicas) == 1:
         return f"1 replica, on {names_of(replicas[0].devices)}: {what}"
     return f"{len(replicas)} replicas, one per GPU: {what} on each"

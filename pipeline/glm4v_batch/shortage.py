@@ -9,7 +9,7 @@ from glm4v_batch.job import DeviceSettings
 from glm4v_batch.layouts import Demand, budget_bytes
 from glm4v_batch.needs import ModuleNeed
 from glm4v_batch.packing import largest
-from glm4v_batch.reasons import names_of, request_bytes
+from glm4v_batch.reasons import names_of, request_bytes, request_named
 from glm4v_batch.types import Device, RequestSize
 from glm4v_batch.units import format_bytes, format_count
 
@@ -33,7 +33,7 @@ def no_room(devices: Sequence[Device], demand: Demand, chosen: Sequence[Device])
     needs, worst = demand.needs, demand.worst
     message = (
         f"The model does not fit on {names_of(devices)}: it takes {format_bytes(needs.weight_bytes)} for its "
-        f"weights, and beside them {format_bytes(request_bytes(demand))} for the largest request "
+        f"weights, and beside them {format_bytes(request_bytes(demand))} for {request_named(demand)} "
         f"({worst.prompt_tokens:,} prompt tokens, {worst.visual_patches:,} patches, "
         f"{worst.new_tokens:,} new tokens)."
     )
@@ -50,14 +50,14 @@ def overfull(
 ) -> PlacementError:
     """What to raise where the job's own map puts too much on one of *devices*, some of those *chosen*.
 
-    *taken_bytes* is what each of them would take with the largest request, margin included.
+    *taken_bytes* is what each of them would take with the request that must fit, margin included.
     """
     lines = [
         f"  {_described(device, demand.settings)}; would take {format_bytes(taken)}"
         for device, taken in zip(devices, taken_bytes, strict=True)
     ]
     return PlacementError(
-        "\n".join(["devices.layout leaves a GPU without room for the largest request:", *lines]),
+        "\n".join([f"devices.layout leaves a GPU without room for {request_named(demand)}:", *lines]),
         hint=f"Move modules to another GPU{_or_auto(chosen, demand)}.",
     )
 

@@ -18,7 +18,7 @@ from glm4v_batch.render import plan_as_json, plan_as_text
 from glm4v_batch.report import Report
 from glm4v_batch.speed import prior_seconds
 from glm4v_batch.types import BatchRun, BatchShape, Replica, ReplicaReady
-from tests.cards import cpu, glm_41v, gpu, gpus
+from tests.cards import WORST, cpu, glm_41v, gpu, gpus
 from tests.conftest import MakeSource
 from tests.e2e.command import write_job
 
@@ -156,6 +156,22 @@ def test_a_small_card_more_takes_the_packed_engine_from_no_other(
     assert two.time is not None
     assert more.time is not None
     assert more.time.seconds < two.time.seconds
+
+
+@pytest.mark.parametrize("model_type", ["glm4v", "glmga"])
+def test_a_guess_at_the_largest_request_keeps_a_model_from_no_card(
+    model_type: str, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cards(24, 24, monkeypatch=monkeypatch)
+    needs = replace(glm_41v(), config={**glm_41v().config, "model_type": model_type})
+    monkeypatch.setattr(forecast_module, "read_needs", lambda *_: needs)
+    # As the published checkpoints have it: 4.8 megapixels, which a guess takes twice the room for.
+    monkeypatch.setattr(forecast_module, "worst_case", lambda *_: WORST)
+
+    placement = forecast_of(on_auto(job)).placement
+
+    assert [len(replica.devices) for replica in placement.replicas] == [1, 1]
+    assert ("by a guess" in placement.reason) == (model_type == "glmga")
 
 
 def test_the_plan_says_which_engine_runs_where(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
