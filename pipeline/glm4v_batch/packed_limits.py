@@ -271,6 +271,6 @@ def _no_room(worst_tokens: int, best: PackedLimits, room_bytes: Sequence[int]) -
     return PlacementError(
         f"Beside the weights {rooms} are left; the packed engine's pool would hold {best.pool_tokens:,} "
         f"tokens of keys and values, and the largest request has {worst_tokens:,}.",
-        hint="Use more GPUs, set images.max_pixels or generation.max_new_tokens lower, or set "
-        "batching.engine: generate.",
+        hint="Use more GPUs, set batching.engine: generate, or set images.max_pixels or "
+        "generation.max_new_tokens lower, which makes another job: a folder that holds parts refuses it.",
     )

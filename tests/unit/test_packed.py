@@ -505,14 +505,15 @@ def test_a_pool_is_gone_before_another_is_made(has_graphs: bool, monkeypatch: py
 
 
 @pytest.mark.parametrize(("owner", "name"), [(packed_rows.DecodeRows, "step"), (PackedModel, "encode")])
-def test_memory_that_runs_out_once_lowers_no_limit_and_is_told(
-    owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("again", [False, True])
+def test_memory_that_runs_out_once_lowers_no_limit_and_is_told_but_twice_does(
+    owner: type, name: str, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = sample("caption")[1][:20]
     work, calls = getattr(owner, name), count(1)
 
     def short_once(*arguments: Any) -> Any:
-        if next(calls) == 3:
+        if next(calls) in ((3, 6) if again else (3,)):
             raise torch.OutOfMemoryError("full")
         return work(*arguments)
 
@@ -522,8 +523,8 @@ def test_memory_that_runs_out_once_lowers_no_limit_and_is_told(
     events = list(engine.run(requests))
 
     assert texts(events) == texts(answers("caption", requests))
-    assert engine._limits == FEW
-    assert sum(run.out_of_memory for run in runs(events)) == 1
+    assert (engine._limits == FEW) == (not again)
+    assert sum(run.out_of_memory for run in runs(events)) >= 1
 
 
 def test_an_image_that_waits_keeps_its_own_features_and_no_others() -> None:
@@ -538,6 +539,31 @@ def test_an_image_that_waits_keeps_its_own_features_and_no_others() -> None:
     features = [tensor for work in works for tensor in work.features]
     assert len(features) > 20
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in features)
+
+
+def test_features_go_image_by_image_as_a_prompt_is_prefilled() -> None:
+    engine = small_engine(random_model("glm4v"), small_vocabulary(), replace(FEW, patches=512))
+    work = max(
+        (engine._prepare(request) for request in small_requests(30)),
+        key=lambda work: len(work.request.inputs.image_grid_thw) if isinstance(work, Work) else 0,
+    )
+    assert isinstance(work, Work)
+    engine._encode([work])
+    whole = torch.cat(list(work.features))
+    ends = np.cumsum([len(tensor) for tensor in work.features])
+    assert len(ends) == 2
+
+    for place in range(work.request.prompt_tokens):
+        found = work.piece(1).features
+        number = int((work.image_places < place).sum())
+        if place in work.image_places:
+            assert torch.equal(torch.cat(list(found)), whole[number : number + 1])
+        else:
+            assert not found
+        work.num_prefilled += 1
+        work.forget_used_features()
+        assert len(work.features) == (ends > int((work.image_places <= place).sum())).sum()
+    assert not work.features
 
 
 def test_what_ran_out_of_memory_is_told_though_the_pool_is_made_anew() -> None:
@@ -555,14 +581,20 @@ def test_what_ran_out_of_memory_is_told_though_the_pool_is_made_anew() -> None:
 
 def test_what_was_lowered_is_tried_again_after_a_while_without_a_shortage() -> None:
     engine = packed_engine("caption", limits=LIMITS)
-    lowered = replace(LIMITS, max_rows=4, step_tokens=128, patches=1024)
-    engine._limits = lowered
+    engine._limits = replace(LIMITS, max_rows=4, step_tokens=128, patches=1024)
+    assert engine._shrink_pool()
+    lowered = engine._limits
 
+    for _ in range(packed._LINES_BEFORE_RAISING - 1):
+        engine._reported()
+    engine._give_up_graphs()
     for _ in range(packed._LINES_BEFORE_RAISING - 1):
         engine._reported()
     assert engine._limits == lowered
     engine._reported()
-    assert engine._limits == LIMITS
+    assert engine._limits == replace(LIMITS, pool_tokens=lowered.pool_tokens)
+    requests = sample("caption")[1][:20]
+    assert texts(engine.run(requests)) == texts(answers("caption", requests))
 
 
 def test_images_go_without_graphs_where_these_do_not_fit(

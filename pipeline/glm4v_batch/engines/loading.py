@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # Compiling takes as long as what it saves on so many images: measured on an H100, 20 s and 30 ms.
 _WORTH_COMPILING = 700
-# In little room it saves more: uncompiled work takes memory that rows would have. By simulation some 70 ms.
-_WORTH_COMPILING_IN_LITTLE = 300
+# In little room it saves some 70 ms an image, by simulation: rows have the memory that it takes otherwise.
+_WORTH_COMPILING_IN_LITTLE_ROOM = 300
 _LITTLE_ROOM_BYTES = 8 * GIB
 
 
@@ -64,16 +64,17 @@ def load_engine(settings: ReplicaSettings) -> Engine:
         if not ran_out_of_memory(error):
             raise
         said = first_line(error)
-    names = ", ".join(device.label for device in settings.replica.devices)
+    devices = settings.replica.devices
+    names = ", ".join(device.label for device in devices)
+    who = "what else runs here" if devices[0].index is None else "with nvidia-smi who else is there"
     raise PlacementError(
-        f"Memory ran out while the model was loaded on {names}, though it was enough when the run was "
-        f"planned: {said}",
-        hint="Look with nvidia-smi who has come since; then run the same command again.",
+        f"Memory ran out while the model was loaded on {names}, though the plan found enough: {said}.",
+        hint=f"Look {who}, or lower devices.memory_fraction; then run the same command again.",
     )
 
 
 def _loaded(settings: ReplicaSettings) -> Engine:
-    """See the first lines: the rest of the process is bound by them."""
+    """As `load_engine`; what it sets in the environment comes before torch is imported."""
     devices = settings.replica.devices
     if devices[0].index is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices(devices)
@@ -158,7 +159,7 @@ def is_worth_compiling(num_expected: int | None, room_bytes: int) -> bool:
 
     Where nobody knows how many come, there may be millions.
     """
-    enough = _WORTH_COMPILING_IN_LITTLE if room_bytes < _LITTLE_ROOM_BYTES else _WORTH_COMPILING
+    enough = _WORTH_COMPILING_IN_LITTLE_ROOM if room_bytes < _LITTLE_ROOM_BYTES else _WORTH_COMPILING
     return num_expected is None or num_expected >= enough
 
 

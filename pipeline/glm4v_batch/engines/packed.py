@@ -88,7 +88,7 @@ class PackedEngine:
         self._answers = _Answers()
         self._tally = Tally()
         self._stopwatch = Stopwatch(model.device)
-        self._num_clean = 0
+        self._num_clean = _LINES_BEFORE_RAISING
         self._first_limits = limits
         self._first_limit_bytes = meter.limit_bytes()
         self._fill(limits)
@@ -98,7 +98,9 @@ class PackedEngine:
     def _fill(self, limits: PackedLimits) -> None:
         """Begin with an empty pool of the size that *limits* says."""
         self._limits = limits
-        self._by_row: list[Work | None] = [None] * limits.max_rows
+        # However many may be in use: what is lowered may rise again.
+        most_rows = self._first_limits.max_rows
+        self._by_row: list[Work | None] = [None] * most_rows
         self._prefilling: deque[Work] = deque()
         self._entering: list[Work] = []
         self._launched: deque[_Arriving] = deque()
@@ -106,10 +108,8 @@ class PackedEngine:
         self._segments = Segments(limits.pool_tokens)
         model = self._model
         # A place of its own for each row that does not live, and one for padding.
-        pool = model.make_pool(limits.pool_tokens, limits.max_rows + 1)
-        self._rows = DecodeRows(
-            model, pool, limits.max_rows, self._generation, self._vocabulary.eos_token_ids
-        )
+        pool = model.make_pool(limits.pool_tokens, most_rows + 1)
+        self._rows = DecodeRows(model, pool, most_rows, self._generation, self._vocabulary.eos_token_ids)
         self._memory = MemoryModel(self._meter.held_bytes(), self._coefficients)
 
     def drain(self) -> None:
@@ -358,6 +358,7 @@ class PackedEngine:
             work.num_launched += work.decodes
         for work, num_tokens in pieces:
             work.num_prefilled += num_tokens
+            work.forget_used_features()
             if not work.num_left:
                 self._prefilling.remove(work)
                 work.num_launched, work.features = 1, ()
@@ -395,15 +396,16 @@ class PackedEngine:
     # Memory
 
     def _measured(self, do: Callable[[], _Found], shape: BatchShape) -> tuple[_Found | None, PeakSample]:
-        """What *do* gives, or None where memory ran out twice, and what it took.
+        """What *do* gives, or None where memory ran out, and what it took.
 
-        The second time graphs have given up their memory, which is quickly recorded again: smaller limits
-        would last.
+        After a while without a shortage it is tried again without graphs, which are quickly recorded anew,
+        where smaller limits stay for long. Whoever comes short again soon is to expect less.
         """
+        is_rare = self._num_clean >= _LINES_BEFORE_RAISING
         with self._meter.watch(), torch.inference_mode():
             found = _unless_out_of_memory(do)
             is_out_of_memory = found is None
-            if found is None:
+            if found is None and is_rare:
                 self._give_up_graphs()
                 found = _unless_out_of_memory(do)
         sample = PeakSample(shape, self._meter.peak_bytes(), out_of_memory=is_out_of_memory)
@@ -443,7 +445,6 @@ class PackedEngine:
 
     def _fill_as_at_first(self) -> None:
         """Make the pool as large again as it was: what made it smaller may be over."""
-        self._limits = replace(self._limits, max_rows=self._first_limits.max_rows)
         self._fill_anew(self._first_limits.pool_tokens)
 
     def _fill_anew(self, num_tokens: int) -> None:
@@ -491,10 +492,8 @@ class PackedEngine:
         """After a while without a shortage, try steps, calls and rows of the first sizes again."""
         self._num_clean += 1
         if self._num_clean == _LINES_BEFORE_RAISING:
-            first = self._first_limits
-            self._limits = replace(
-                self._limits, max_rows=len(self._by_row), step_tokens=first.step_tokens, patches=first.patches
-            )
+            # The pool is made anew only for who needs a larger one: that costs all that is in it.
+            self._limits = replace(self._first_limits, pool_tokens=self._limits.pool_tokens)
 
     def _is_crowded(self) -> bool:
         """Whether others have taken memory that was free at first."""

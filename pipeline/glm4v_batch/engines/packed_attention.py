@@ -126,14 +126,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, in_hand: InHand, scaling: 
     answer = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     is_mixed = 0 < num_prompt < len(query)
     beside = _forked(query) if is_mixed else None
-    with torch.cuda.stream(beside) if beside else nullcontext():
-        if num_prompt < len(query):
-            _attend_rows(answer[num_prompt:], query[num_prompt:], keys, values, packing.rows, scaling)
-    if num_prompt:
-        of_prompts = (answer[:num_prompt], query[:num_prompt], keys, values, packing.pieces, scaling)
-        _attend_pieces(*of_prompts, is_causal=True)
-    if beside:
-        torch.cuda.current_stream(query.device).wait_stream(beside)
+    try:
+        with torch.cuda.stream(beside) if beside else nullcontext():
+            if num_prompt < len(query):
+                _attend_rows(answer[num_prompt:], query[num_prompt:], keys, values, packing.rows, scaling)
+        if num_prompt:
+            of_prompts = (answer[:num_prompt], query[:num_prompt], keys, values, packing.pieces, scaling)
+            _attend_pieces(*of_prompts, is_causal=True)
+    finally:
+        # Also where memory runs out: what CUDA records must not end with work that nobody waits for.
+        if beside:
+            torch.cuda.current_stream(query.device).wait_stream(beside)
     return answer
 
 

@@ -162,7 +162,7 @@ def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
             try:
                 yield
             except BaseException:
-                # What ended it early may have left work unjoined: that is no news then.
+                # That a recording which ended early cannot be ended well is no news.
                 with suppress(RuntimeError):
                     graph.capture_end()
                 raise

@@ -21,7 +21,8 @@ class Work:
     position_offset  what positions are ahead of the count of tokens once the prompt has ended
     image_places     int64 [F], ascending, which of the prompt's tokens stand for images
     patches          uint8 [P, channels × patch²], of all images; in pinned memory until they are encoded
-    features         [V, D] of each image, V of F; none before, after, and where there are no images
+    features         [V, D] of each image, V of F, until it is prefilled; none before they are there
+    num_used         visual tokens of the images before those
     num_launched     steps that write a token of the answer and were launched; *tokens* is behind
     """
 
@@ -32,6 +33,7 @@ class Work:
     image_places: Tensor
     patches: Tensor
     features: Sequence[Tensor] = ()
+    num_used: int = 0
     row: int = -1
     pool_start: int = 0
     num_prefilled: int = 0
@@ -62,11 +64,18 @@ class Work:
             input_ids=self.input_ids[begin:end],
             positions=self.positions[:, begin:end],
             image_places=self.image_places[first:last] - begin,
-            features=list(_between(self.features, first, last)),
+            features=list(_between(self.features, first - self.num_used, last - self.num_used)),
             pool_place=self.pool_start + begin,
             num_before=begin,
             ends_prompt=end == self.request.prompt_tokens,
         )
+
+    def forget_used_features(self) -> None:
+        """Let go of the images that are in the pool whole: a request may have many."""
+        num_prefilled = int(np.searchsorted(self.image_places.numpy(), self.num_prefilled))
+        while self.features and self.num_used + len(self.features[0]) <= num_prefilled:
+            self.num_used += len(self.features[0])
+            self.features = self.features[1:]
 
     def unpin(self) -> None:
         """Keep the patches where the request has them: pinned memory is for those that wait."""
@@ -75,7 +84,7 @@ class Work:
     def begin_anew(self) -> None:
         """Forget all that was done."""
         self.features, self.row = (), -1
-        self.num_prefilled = self.num_launched = 0
+        self.num_used = self.num_prefilled = self.num_launched = 0
         self.tokens.clear()
 
 
