@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -124,8 +125,10 @@ def _with_runs(job: Job, forecast: Forecast, num_left: int | None) -> Forecast:
         for index, replica in enumerate(forecast.placement.replicas)
     )
     known = replace(forecast, contexts=contexts, runs=_runs(Path(job.output.path), contexts))
-    sized = replace(known, batch_size=_batch_size(job, known, num_left))
-    return replace(sized, time=_time(job, sized, num_left))
+    sizes = _batch_sizes(job, known)
+    share = sys.maxsize if num_left is None else math.ceil(num_left / len(sizes))
+    sized = replace(known, batch_size=min(*sizes, share))
+    return replace(sized, time=_time(job, sized, sizes, num_left))
 
 
 def packed_demand(job: Job, forecast: Forecast, replica: Replica) -> PackedDemand:
@@ -161,25 +164,27 @@ def _fitting(job: Job, forecast: Forecast, index: int) -> int:
     return expected_batch_size(replica, forecast.needs, forecast.typical, fraction, forecast.samples(index))
 
 
-def _batch_size(job: Job, forecast: Forecast, num_left: int | None) -> int:
-    sizes = (_fitting(job, forecast, index) for index in range(len(forecast.placement.replicas)))
+def _batch_sizes(job: Job, forecast: Forecast) -> list[int]:
+    """How many typical requests each replica could take at once."""
+    most = job.batching.max_batch_size or sys.maxsize
+    replicas = range(len(forecast.placement.replicas))
     # A request that fits nowhere by prediction is tried all the same.
-    fitting = max(1, min(sizes))
-    share = fitting if num_left is None else math.ceil(num_left / len(forecast.placement.replicas))
-    return min(fitting, share, job.batching.max_batch_size or fitting)
+    return [min(max(1, _fitting(job, forecast, index)), most) for index in replicas]
 
 
-def _time(job: Job, forecast: Forecast, num_left: int | None) -> TimeEstimate | None:
+def _time(
+    job: Job, forecast: Forecast, batch_sizes: Sequence[int], num_left: int | None
+) -> TimeEstimate | None:
     if num_left is None:
         return None
     load_seconds = _load_seconds(job, forecast)
-    num_replicas = len(forecast.placement.replicas)
     if len(set(forecast.contexts)) == 1:
-        ahead = WorkAhead(forecast.survey, num_left, forecast.batch_size, num_replicas, load_seconds)
+        ahead = WorkAhead(forecast.survey, num_left, forecast.batch_size, len(batch_sizes), load_seconds)
         return _time_on(forecast, 0, ahead)
-    whole = WorkAhead(forecast.survey, num_left, forecast.batch_size)
-    sizes = (max(1, _fitting(job, forecast, index)) for index in range(num_replicas))
-    alone = (_time_on(forecast, index, replace(whole, batch_size=size)) for index, size in enumerate(sizes))
+    alone = (
+        _time_on(forecast, index, WorkAhead(forecast.survey, num_left, size))
+        for index, size in enumerate(batch_sizes)
+    )
     return side_by_side([time for time in alone if time is not None], load_seconds)
 
 

@@ -196,11 +196,12 @@ class Replicas:
             yield from self._lose(replica, f"its process died: {end}")
             return
         match message:
-            case PlacementError() if len(self._living()) > 1:
-                # Its GPUs have no room, which is no reason for the others to stop.
+            case PlacementError() if self._is_draining or len(self._living()) > 1:
+                # Its GPUs have no room, which is no reason for the others to stop. While it loads that may
+                # pass, and it is tried as often as one that dies.
                 replica.child.end(grace_seconds=0)
-                replica.has_no_room = True
-                yield from self._lose(replica, str(message))
+                replica.has_no_room = replica.is_ready
+                yield from self._lose(replica, f"{message} {message.hint}".strip())
             case Glm4vBatchError():
                 raise message
             case Crashed():
@@ -246,7 +247,16 @@ class Replicas:
         if replica.is_given_up or self._is_draining:
             replica.is_ended = True
         else:
+            self._start_anew(replica)
+
+    def _start_anew(self, replica: "_Replica") -> None:
+        try:
             replica.child = self._start(replica.index)
+        except PlacementError:
+            # The system starts no process now; the others have theirs.
+            replica.is_given_up = replica.is_ended = True
+            if not self._living():
+                raise
 
     def _requeue(self, held: Sequence[Request], replica: "_Replica", reason: str) -> Iterator[Failure]:
         for request in reversed(held):

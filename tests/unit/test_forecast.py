@@ -158,6 +158,20 @@ def test_a_small_card_more_takes_the_packed_engine_from_no_other(
     assert more.time.seconds < two.time.seconds
 
 
+def test_the_time_of_unequal_copies_keeps_to_the_largest_batch(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cards(24, 20, 20, monkeypatch=monkeypatch)
+    free = on_auto(job)
+    capped = free.model_copy(update={"batching": free.batching.model_copy(update={"max_batch_size": 1})})
+
+    loose, tight = forecast_of(free).time, forecast_of(capped).time
+
+    assert loose is not None
+    assert tight is not None
+    assert tight.seconds > loose.seconds + 10
+
+
 @pytest.mark.parametrize("model_type", ["glm4v", "glmga"])
 def test_a_guess_at_the_largest_request_keeps_a_model_from_no_card(
     model_type: str, job: Job, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glm4v_batch.errors import PlacementError
-from glm4v_batch.replicas import Replicas, ReplicasLostError
+from glm4v_batch.replicas import Replicas, ReplicasLostError, _key, _Replica
 from glm4v_batch.types import (
     BatchRun,
     Completion,
@@ -146,21 +146,27 @@ def test_a_replica_without_room_is_given_up_and_the_others_do_its_work(
     events = run(scripts, 100, num_expected=100)
 
     assert rows(events) == list(range(100))
-    (loss,) = lost(events)
-    assert (loss.replica, loss.is_final) == (1, True)
+    # Who was crowded while it loaded is tried three times.
+    assert {loss.replica for loss in lost(events)} == {1}
+    assert [loss.is_final for loss in lost(events)] == (
+        [True] if "crowded_after" in crowded else [False, False, True]
+    )
+    assert any(hint in lost(events)[-1].reason for hint in ("free the GPU", "buy a larger card"))
     assert failures(events) == []
 
 
-def test_that_a_gpu_is_crowded_makes_no_request_suspect(tmp_path: Path) -> None:
-    crowded = [Script(tmp_path, name, crowded_after=0, batch_size=1) for name in "bcde"]
-    # A request that was in hand at four such ends would have been run alone, and failed.
-    scripts = [*crowded, Script(tmp_path, "a", batch_seconds=0.05)]
+@pytest.mark.parametrize("has_no_room", [False, True])
+def test_a_death_makes_what_was_in_hand_suspect_and_a_crowded_gpu_does_not(has_no_room: bool) -> None:
+    replicas = Replicas(load, [])
+    child: Any = None
+    held = [request(row) for row in range(3)]
+    replica = _Replica(0, child, has_no_room=has_no_room, in_hand=frozenset(map(_key, held[:2])))
+    replica.unanswered = {_key(each): each for each in held}
 
-    events = run(scripts, 40, num_expected=40)
+    assert list(replicas._requeue(held, replica, "gone")) == []
 
-    assert rows(events) == list(range(40))
-    assert failures(events) == []
-    assert len(lost(events)) == 4
+    assert list(replicas._waiting) == held
+    assert set(replicas._suspicions) == (set() if has_no_room else set(map(_key, held[:2])))
 
 
 def test_a_replica_that_never_loads_is_given_up_and_the_others_do_its_work(tmp_path: Path) -> None:
