@@ -3,15 +3,13 @@
 from typing import Any
 
 from glm4v_batch.activations import packed_coefficients
-from glm4v_batch.engines.generate import vocabulary_of
 from glm4v_batch.engines.packed import PackedEngine
 from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.memory import Meter
 from glm4v_batch.model import load_model
 from glm4v_batch.packed_limits import PackedLimits
-from glm4v_batch.plan import open_job, preprocess_settings
 from tests.cpu_meter import CpuMeter
-from tests.tiny import ENDLESS, ROOT, job_of, weight_bytes
+from tests.tiny import ENDLESS, ROOT, job_of, vocabulary, weight_bytes
 
 LIMITS = PackedLimits(max_rows=16, pool_tokens=1 << 14, step_tokens=512, patches=2048)
 
@@ -34,16 +32,14 @@ def packed_engine(
     """
     import torch
 
-    job = job_of(name, *overrides)
-    opened = open_job(job)
-    vocabulary = vocabulary_of(opened.checkpoint, preprocess_settings(opened).renderer().decode)
+    known = vocabulary(name, *overrides)
     model = model or packed_weights()
-    table = torch.from_numpy(vocabulary.normalisation)
+    table = torch.from_numpy(known.normalisation)
     meter = meter or CpuMeter(weight_bytes(), ENDLESS)
     return PackedEngine(
-        PackedModel(model, table, vocabulary.temporal_patch_size),
-        vocabulary,
-        job.generation,
+        PackedModel(model, table, known.temporal_patch_size),
+        known,
+        job_of(name, *overrides).generation,
         limits,
         meter,
         [packed_coefficients(model.config.to_dict(), 4)],

@@ -4,15 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from glm4v_batch.engines.generate import GenerateEngine, vocabulary_of
+from glm4v_batch.engines.generate import GenerateEngine
 from glm4v_batch.memory import MemoryModel, prior_coefficients
 from glm4v_batch.model import load_model
 from glm4v_batch.packed_limits import PackedLimits
-from glm4v_batch.plan import open_job, preprocess_settings
 from glm4v_batch.types import Request
 from tests.cpu_meter import CpuMeter
 from tests.packed import packed_engine
-from tests.tiny import ENDLESS, ROOT, job_of, sample, texts, weight_bytes
+from tests.tiny import ENDLESS, ROOT, job_of, sample, texts, vocabulary, weight_bytes
 
 JOB = "caption"
 MOST_NEW_TOKENS = 12
@@ -96,13 +95,11 @@ def enter_through(model: Any, card: str) -> None:
 
 def run(model: Any, *overrides: str) -> list[object]:
     """What the generate engine yields for all `requests` on *model*, memory being endless."""
-    job = job_of(JOB, NEW_TOKENS, *overrides)
-    opened = open_job(job)
     meter = CpuMeter(weight_bytes(), ENDLESS)
     engine = GenerateEngine(
         model,
-        vocabulary_of(opened.checkpoint, preprocess_settings(opened).renderer().decode),
-        job.generation,
+        vocabulary(JOB, NEW_TOKENS, *overrides),
+        job_of(JOB, NEW_TOKENS, *overrides).generation,
         MemoryModel(meter.held_bytes(), [prior_coefficients(model.config.to_dict(), 4)]),
         meter,
         memory_fraction=1.0,

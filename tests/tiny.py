@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from glm4v_batch.engines.generate import GenerateEngine, vocabulary_of
+from glm4v_batch.engines.generate import GenerateEngine, Vocabulary, vocabulary_of
 from glm4v_batch.job import Job, read_job
 from glm4v_batch.memory import MemoryModel, Meter, prior_coefficients
 from glm4v_batch.model import load_model
@@ -46,6 +46,13 @@ def sample(name: str) -> tuple[list[Record], list[Request]]:
     return [record for _, record in pairs], requests
 
 
+@cache
+def vocabulary(name: str, *overrides: str) -> Vocabulary:
+    """What the engines know of tokens in a job. Once: opening a source starts a process."""
+    opened = open_job(job_of(name, *overrides))
+    return vocabulary_of(opened.checkpoint, preprocess_settings(opened).renderer().decode)
+
+
 def weight_bytes() -> int:
     """Bytes of the tiny model's weights in float32."""
     return sum(p.numel() * p.element_size() for p in weights().parameters())
@@ -60,13 +67,11 @@ def engine(
     max_batch_size: int | None = None,
 ) -> GenerateEngine:
     """The generate engine on the tiny model; without *meter* memory is endless."""
-    job = job_of(name, *overrides)
-    opened = open_job(job)
     meter = meter or CpuMeter(weight_bytes(), ENDLESS)
     return GenerateEngine(
         weights(),
-        vocabulary_of(opened.checkpoint, preprocess_settings(opened).renderer().decode),
-        job.generation,
+        vocabulary(name, *overrides),
+        job_of(name, *overrides).generation,
         memory or MemoryModel(meter.held_bytes(), [prior_coefficients(weights().config.to_dict(), 4)]),
         meter,
         memory_fraction=memory_fraction,
