@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
+from transformers.models.glm4v.modeling_glm4v import Glm4vTextRotaryEmbedding
 
 from glm4v_batch.engines import packed_attention, packed_model
 from glm4v_batch.engines.stopwatch import Stopwatch
@@ -93,6 +95,23 @@ def test_the_packed_engine_writes_the_same_texts_on_a_spread_model(
     written = run_packed(model)
 
     assert {str(weight.device) for weight in model.parameters()} == set(cards_of(DEVICE_MAPS[name]))
+    assert differences(written, unsharded) == []
+
+
+@pytest.mark.usefixtures("_packed")
+def test_positions_become_angles_where_their_module_lies(
+    unsharded: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = Glm4vTextRotaryEmbedding.forward
+
+    def as_of_5_17(self: Any, x: Tensor, position_ids: Tensor) -> object:
+        """Newer versions of transformers move the frequencies to the embeddings."""
+        return newest(self, x, position_ids + 0 * self.inv_freq[0].long())
+
+    monkeypatch.setattr(Glm4vTextRotaryEmbedding, "forward", as_of_5_17)
+
+    written = run_packed(load(DEVICE_MAPS["rotary elsewhere"]))
+
     assert differences(written, unsharded) == []
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -217,9 +218,7 @@ class PackedModel:
 
         *positions* is int64 [3, T].
         """
-        hidden = embeds[None]
-        rotary = self._text.rotary_emb(hidden, position_ids=positions[:, None])
-        stage = _Stage(hidden, rotary, packing)
+        stage = _Stage(embeds[None], self._rotary(embeds, positions), packing)
         for layer, keys, values in zip(self.layers, pool.keys, pool.values, strict=True):
             if stage.hidden.device != keys.device:
                 stage = stage.to(keys.device)
@@ -229,6 +228,14 @@ class PackedModel:
                 hidden = layer(stage.hidden, position_embeddings=stage.rotary, attention_mask=None)
             stage = replace(stage, hidden=hidden)
         raise AssertionError("a decoder has layers")
+
+    def _rotary(self, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [1, T, C] of int64 *positions* [3, T], where *embeds* [T, D] lie."""
+        rotary = self._text.rotary_emb
+        # Of the embeddings it takes the type; for transformers 5.17 all have to lie where it does.
+        there = _device_of(rotary)
+        cos, sin = rotary(embeds[:0].to(there), position_ids=positions[:, None].to(there, non_blocking=True))
+        return cos.to(embeds.device), sin.to(embeds.device)
 
     def _ended(self, stage: _Stage, in_hand: InHand, last: Tensor) -> Tensor:
         """Hidden states [R, D] after the last layer of the tokens *last*."""
@@ -287,7 +294,7 @@ class _WholeKernel(torch.nn.Module):
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def _take_hooks_off(*modules: torch.nn.Module) -> None:
