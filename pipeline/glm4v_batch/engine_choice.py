@@ -45,5 +45,3 @@ def _is_slower(needs: ModelNeeds, replica: Replica) -> Iterator[str]:
         yield "the packed engine is not measured with quantised weights yet"
     if "moe" in str(needs.config.get("model_type")):
         yield "the packed engine is not measured with mixtures of experts yet"
-    if len(replica.devices) > 1:
-        yield "a copy of the model lies on several GPUs, where the packed engine is not measured yet"
