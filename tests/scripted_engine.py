@@ -5,8 +5,11 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import StringIO
 from itertools import islice
 from pathlib import Path
+
+from tqdm import tqdm
 
 from glm4v_batch.engines import EngineEvent
 from glm4v_batch.errors import PlacementError
@@ -73,6 +76,8 @@ def load(script: Script) -> ScriptedEngine:
             os._exit(3)
         case "user's mistake":
             raise PlacementError("does not fit", hint="buy a larger card")
+        case "shows a bar":
+            list(tqdm([1, 2, 3], file=StringIO()))
         case "takes a second":
             time.sleep(1)
         case "waits for nine deaths":

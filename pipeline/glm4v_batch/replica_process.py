@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
+from tqdm import tqdm
+
 from glm4v_batch.engines import Engine
 from glm4v_batch.errors import Glm4vBatchError, first_line
 from glm4v_batch.types import Request
@@ -58,6 +60,8 @@ class Crashed:
 
 def serve(pipe: Connection, load: LoadEngine, settings: Any) -> None:
     """Load the engine, then answer what comes through *pipe* until its other end is closed."""
+    # A library's progress bar makes a lock for many processes, and this one ends without giving it back.
+    tqdm.set_lock(threading.RLock())
     outbox = _Outbox(pipe)
     try:
         _work(pipe, outbox, load, settings)

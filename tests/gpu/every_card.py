@@ -360,7 +360,9 @@ def main() -> None:
     parser.add_argument("--card", type=int, default=0)
     parser.add_argument("--cards", type=int, default=4)
     parser.add_argument("--cap-gib", type=int, default=24)
-    parser.add_argument("--engine", choices=["generate", "packed", "auto"], default="generate", help="Of balanced.")
+    parser.add_argument(
+        "--engine", choices=["generate", "packed", "auto"], default="generate", help="Of balanced."
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 48, 32, 16])
     parser.add_argument("--batches-before", type=int, default=8)
     options = parser.parse_args()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -290,33 +291,45 @@ def test_a_slow_source_does_not_keep_signs_of_life_back(tmp_path: Path) -> None:
     assert max(later - earlier for earlier, later in pairwise(times)) < 2
 
 
-def test_a_program_that_ends_without_closing_leaves_no_process_and_does_not_hang(tmp_path: Path) -> None:
-    program = (
+def run_program(folder: Path, lines: str, **script: object) -> subprocess.CompletedProcess[str]:
+    """Run *lines*, to which *replicas* is one that does what *script* says, as a program of its own."""
+    values = ", ".join(f"{name}={value!r}" for name, value in script.items())
+    path = folder / "program.py"
+    path.write_text(
         "from pathlib import Path\n"
         "from glm4v_batch.replicas import Replicas\n"
         "from glm4v_batch.types import ReplicaReady\n"
         "from tests.builders import request\n"
         "from tests.scripted_engine import Script, load\n"
         "if __name__ == '__main__':\n"
-        f"    replicas = Replicas(load, [Script(Path({str(tmp_path)!r}), batch_seconds=0.1)])\n"
-        "    events = replicas.run(map(request, range(10000)))\n"
-        "    while not isinstance(next(events), ReplicaReady): pass\n"
-        "    print(replicas._replicas[0].child.pid, flush=True)\n"
+        f"    replicas = Replicas(load, [Script(Path({str(folder)!r}), {values})])\n" + indent(lines, "    ")
     )
-    script = tmp_path / "program.py"
-    script.write_text(program)
     paths = os.pathsep.join([str(ROOT / "pipeline"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-
-    ended = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=True,
+    environment = {**os.environ, "PYTHONPATH": paths}
+    return subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=30, env=environment, check=True
     )
+
+
+def test_a_program_that_ends_without_closing_leaves_no_process_and_does_not_hang(tmp_path: Path) -> None:
+    lines = (
+        "events = replicas.run(map(request, range(10000)))\n"
+        "while not isinstance(next(events), ReplicaReady): pass\n"
+        "print(replicas._replicas[0].child.pid, flush=True)\n"
+    )
+
+    ended = run_program(tmp_path, lines, batch_seconds=0.1)
 
     assert not Path(f"/proc/{ended.stdout.strip()}").exists()
+
+
+def test_a_bar_that_a_library_shows_while_it_loads_leaves_nothing_behind(tmp_path: Path) -> None:
+    lines = "print(len(list(replicas.run(map(request, range(8))))))\n"
+
+    ended = run_program(tmp_path, lines, loading="shows a bar")
+
+    assert int(ended.stdout) > 8
+    assert ended.stderr == ""
 
 
 def test_draining_ends_after_the_batches_in_hand(tmp_path: Path) -> None:
