@@ -291,13 +291,27 @@ class Output:
         return part
 
     def _table(self, whole: _OpenChunk, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-        table = pa.Table.from_pylist(rows, schema=pa.schema(RESULT_FIELDS))
+        columns = [_column([row.get(field.name) for row in rows], field.type) for field in RESULT_FIELDS]
+        table = pa.Table.from_arrays(columns, schema=pa.schema(RESULT_FIELDS))
         if not self._passed.names:
             return table
         passed = pa.concat_tables([whole.passed[row] for row in whole.chunk.rows]).combine_chunks()
         for column in self._passed:
             table = table.append_column(column, readable(passed.column(column.name).cast(column.type)))
         return table
+
+
+def _column(values: Sequence[str | int | None], kind: pa.DataType) -> pa.Array:
+    """*values* as Arrow has them.
+
+    Not by `pa.array`, which imports pandas, where there is one, to see whether they are a series: that takes
+    half a second, in which the first part waits.
+    """
+    if all(value is None for value in values):
+        return pa.nulls(len(values), kind)
+    builder = pa.lib.StringBuilder()
+    builder.append_values([None if value is None else str(value) for value in values])
+    return builder.finish().cast(kind)
 
 
 def readable(column: pa.ChunkedArray) -> pa.ChunkedArray:

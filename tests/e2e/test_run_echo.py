@@ -63,6 +63,22 @@ def test_a_run_answers_every_row_once_with_its_columns(tmp_path: Path, make_sour
     assert len(contents(tmp_path / "out")) == 6
 
 
+def test_a_run_does_not_import_pandas_which_takes_half_a_second(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(20), tmp_path / "out")
+    python, *rest = command("run", job)
+
+    finished = subprocess.run(
+        [python, "-X", "importtime", *rest], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+
+    lines = (line for line in finished.stderr.splitlines() if line.startswith("import time:"))
+    imported = {line.rpartition("|")[2].strip() for line in lines}
+    assert "pyarrow" in imported
+    assert "pandas" not in imported
+
+
 def test_a_killed_run_goes_on_to_the_same_parts_as_an_uninterrupted_one(
     tmp_path: Path, make_source: MakeSource
 ) -> None:

@@ -11,9 +11,20 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from glm4v_batch.errors import OutputError, OutputLockedError
-from glm4v_batch.output import Lock, Output, committed_parts, describe, fingerprint, locked, readable
+from glm4v_batch.output import (
+    Lock,
+    Output,
+    _column,
+    committed_parts,
+    describe,
+    fingerprint,
+    locked,
+    readable,
+)
 from glm4v_batch.parts import STATE_FOLDER
 from glm4v_batch.types import Chunk
 from tests.builders import completion, failure, record
@@ -47,6 +58,16 @@ def test_a_chunk_is_committed_when_its_last_row_comes_and_not_before(tmp_path: P
     assert part is not None
     assert part.path.exists()
     assert len(out) == 0
+
+
+@given(values=st.lists(st.none() | st.text(st.characters(codec="utf-8")), max_size=9))
+def test_columns_of_text_are_what_arrow_makes_of_them(values: list[str | None]) -> None:
+    assert _column(values, pa.string()).equals(pa.array(values, pa.string()))
+
+
+@given(values=st.lists(st.none() | st.integers(-(2**63), 2**63 - 1), max_size=9))
+def test_columns_of_numbers_are_what_arrow_makes_of_them(values: list[int | None]) -> None:
+    assert _column(values, pa.int64()).equals(pa.array(values, pa.int64()))
 
 
 def test_answers_and_failures_stand_in_row_order_with_their_passed_columns(tmp_path: Path) -> None:
