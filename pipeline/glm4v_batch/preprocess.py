@@ -35,7 +35,14 @@ from glm4v_batch.confinement import (
 )
 from glm4v_batch.errors import Glm4vBatchError, PlacementError, RecordError, place_of, sanitise
 from glm4v_batch.failure_codes import FailureCode, Stage
-from glm4v_batch.images import ImageLimits, ImagePatches, read_image, visual_tokens, with_pixel_limits
+from glm4v_batch.images import (
+    ImageLimits,
+    ImagePatches,
+    heed_only_bombs,
+    read_image,
+    visual_tokens,
+    with_pixel_limits,
+)
 from glm4v_batch.prompts import PromptRenderer
 from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request
 from glm4v_batch.units import format_bytes
@@ -437,6 +444,7 @@ def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) ->
         pipe.send(error)
         return
     be_silent()
+    heed_only_bombs()
     forbid_files()
     leave_no_core()
     limit_memory(settings.worker_memory_bytes)

@@ -20,6 +20,7 @@ from glm4v_batch.errors import JobError, RecordError
 from glm4v_batch.images import (
     ImageLimits,
     ImagePatches,
+    heed_only_bombs,
     normalisation_table,
     open_image,
     read_image,
@@ -345,6 +346,31 @@ def test_too_many_pixels_fail_before_decoding_and_warn_nobody(side: int) -> None
 
     assert code == ("decode", "image_too_large")
     assert seen == []
+
+
+@pytest.mark.parametrize("side", [100, 9_000, 20_000])
+def test_a_process_that_heeds_only_bombs_sets_no_warnings_anew(side: int) -> None:
+    data = bytearray(encoded(Image.new("1", (8, 8)), "BMP"))
+    data[18:26] = side.to_bytes(4, "little") * 2
+
+    with warnings.catch_warnings(record=True) as seen:
+        heed_only_bombs()
+        filters = warnings.filters
+        code = code_of(lambda: read(bytes(data), limits=ImageLimits(max_image_pixels=64)))
+        is_same = warnings.filters is filters
+
+    assert code == ("decode", "image_too_large")
+    assert seen == []
+    assert is_same
+
+
+def test_warnings_are_as_they_were_after_an_image() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        read(encoded(noise("RGB", (64, 64)), "PNG"))
+        warnings.warn("still heard", UserWarning, stacklevel=1)
+
+    assert len(seen) == 1
 
 
 def test_pixel_limit_that_pillow_would_not_honour_is_refused() -> None:
