@@ -5,7 +5,6 @@ its memory takes nothing with it but the group of records it holds; these are th
 """
 
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -23,6 +22,7 @@ from typing import Protocol, Self, cast
 
 import numpy as np
 
+from glm4v_batch import wire
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.child import Child, End
 from glm4v_batch.confinement import (
@@ -366,9 +366,9 @@ class _Worker:
         done: list[Prepared] = []
         pipe = self._pipe or self._start()
         try:
-            pipe.send_bytes(pickle.dumps(group, protocol=5))
+            wire.send(pipe, group)
             while len(done) < len(group) and pipe.poll(self._settings.record_seconds):
-                answer = pickle.loads(pipe.recv_bytes())  # noqa: S301  from our own worker
+                answer = wire.receive(pipe)
                 if isinstance(answer, Glm4vBatchError):
                     raise answer
                 done += cast(list[Prepared], answer)
@@ -451,9 +451,9 @@ def _serve(pipe: Connection, settings: PreprocessSettings, make: MakePrepare) ->
     pipe.send(_READY)
     with suppress(EOFError, OSError):  # the driver is gone, or has closed the pipe
         while True:
-            group: Sequence[Item] = pickle.loads(pipe.recv_bytes())  # noqa: S301  from our own driver
+            group: Sequence[Item] = wire.receive(pipe)
             for portion in _portions(prepare, group, settings.record_cpu_seconds):
-                pipe.send_bytes(pickle.dumps(portion, protocol=5))
+                wire.send(pipe, portion)
 
 
 def _portions(
