@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+
 from glm4v_batch.engines import EngineEvent
 from glm4v_batch.scheduler import batch_shape
 from glm4v_batch.types import BatchRun, BatchStart, Completion, Failure, Request
@@ -67,8 +69,8 @@ def load_echo(settings: EchoSettings) -> EchoEngine:
 
 
 def _echo(request: Request) -> Completion:
-    digest = hashlib.sha256(request.inputs.input_ids.tobytes())
-    digest.update(request.inputs.patches.tobytes())
+    digest = hashlib.sha256(np.ascontiguousarray(request.inputs.input_ids).data)
+    digest.update(np.ascontiguousarray(request.inputs.patches).data)
     digest.update(repr(request.inputs.image_grid_thw).encode())
     return Completion(
         record_id=request.record_id,
