@@ -238,8 +238,7 @@ class _Window:
         self._record_bytes = 1024.0**2
 
     def run(self, items: Iterable[Item]) -> Iterator[Prepared]:
-        for group in self._groups(items):
-            num_bytes = sum(map(_item_bytes, group)) + round(len(group) * self._record_bytes)
+        for group, num_bytes in self._groups(items):
             self._pending.append(_Pending(group, num_bytes, self._workers.submit(group)))
             while self._is_full() or (self._pending and self._pending[0].answer.done()):
                 yield from self._take()
@@ -253,17 +252,18 @@ class _Window:
         too_much = records > self._ahead.records or num_bytes > self._ahead.bytes
         return len(self._pending) > 1 and too_much
 
-    def _groups(self, items: Iterable[Item]) -> Iterator[list[Item]]:
+    def _groups(self, items: Iterable[Item]) -> Iterator[tuple[list[Item], int]]:
+        """*items* by groups, each with what it will take, as far as is known."""
         group: list[Item] = []
         num_bytes = 0.0
         for item in items:
             group.append(item)
             num_bytes += _item_bytes(item) + self._record_bytes
             if len(group) >= self._ahead.records_per_group or num_bytes >= self._ahead.bytes_per_group:
-                yield group
+                yield group, round(num_bytes)
                 group, num_bytes = [], 0.0
         if group:
-            yield group
+            yield group, round(num_bytes)
 
     def _take(self) -> Iterator[Prepared]:
         pending = self._pending.popleft()

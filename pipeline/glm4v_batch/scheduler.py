@@ -7,7 +7,6 @@ little.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from functools import reduce
 
 from glm4v_batch.memory import MemoryModel
 from glm4v_batch.types import BatchShape, Request
@@ -21,8 +20,15 @@ _LARGEST_POOL_BYTES = 1 << 30
 
 def batch_shape(requests: Sequence[Request]) -> BatchShape:
     """The features of the memory model for *requests* run as one padded batch."""
-    first, *others = requests
-    return reduce(_with_request, others, _shape_alone(first))
+    size = len(requests)
+    longest = max(request.prompt_tokens for request in requests)
+    return BatchShape(
+        batch_size=size,
+        padded_tokens=size * longest,
+        visual_patches=sum(request.visual_patches for request in requests),
+        kv_tokens=size * (longest + max(request.max_new_tokens for request in requests)),
+        mask_cells=size * longest**2,
+    )
 
 
 def _shape_alone(request: Request) -> BatchShape:
