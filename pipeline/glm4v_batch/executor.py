@@ -19,7 +19,7 @@ from glm4v_batch.deadline import Deadline
 from glm4v_batch.devices import DeviceMonitor, DeviceUse
 from glm4v_batch.engines import Engine, EngineEvent
 from glm4v_batch.engines.echo import EchoSettings, load_echo
-from glm4v_batch.engines.loading import ReplicaSettings, load_engine
+from glm4v_batch.engines.loading import ReplicaSettings, load_engine, with_run
 from glm4v_batch.errors import Glm4vBatchError, OutputError, SourceError
 from glm4v_batch.failure_watch import FailureWatch, TooManyFailed
 from glm4v_batch.forecast import packed_demand
@@ -244,7 +244,7 @@ def open_engine(plan: Plan) -> Engine:
         if batching.echo_replicas:
             return Replicas(load_echo, [settings] * batching.echo_replicas, plan.num_left)
         return load_echo(settings)
-    return Replicas(load_engine, replica_settings(plan), plan.num_left)
+    return Replicas(load_engine, replica_settings(plan), plan.num_left, with_run)
 
 
 def replica_settings(plan: Plan) -> list[ReplicaSettings]:

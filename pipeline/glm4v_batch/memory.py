@@ -24,10 +24,12 @@ from glm4v_batch.activations import can_predict as can_predict
 from glm4v_batch.activations import prior_coefficients as prior_coefficients
 from glm4v_batch.types import BatchShape, PeakSample
 
+MEMORY_OF_SAMPLES = 512
+"""How many batches a `MemoryModel` remembers."""
+
 _FIRST_TRUST = 0.4
 _TRUST_GAIN = 1.25
 _TRUST_LOSS = 0.7
-_MEMORY_OF_SAMPLES = 512
 _RECENT = 32
 _LEAST_TRUST = 0.1
 _SMALLEST_MARGIN = 0.02
@@ -100,7 +102,7 @@ class MemoryModel:
             for fixed, prior in zip(self._fixed_bytes, priors, strict=True)
         ]
         self._coefficients = self._priors
-        self._samples: deque[PeakSample] = deque(maxlen=_MEMORY_OF_SAMPLES)
+        self._samples: deque[PeakSample] = deque(maxlen=MEMORY_OF_SAMPLES)
         self.margin = _SMALLEST_MARGIN
         self.trust = _FIRST_TRUST
         self._largest_batch: float = 1 if must_probe else math.inf

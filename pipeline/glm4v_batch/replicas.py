@@ -8,7 +8,7 @@ import math
 import pickle
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from typing import Any
@@ -46,6 +46,14 @@ _CRASHED_IN_A_ROW = 10
 _Key = tuple[str, int]
 
 
+Learn = Callable[[Any, BatchRun], Any]
+"""The settings of a replica that has run a batch, for its next start."""
+
+
+def _learn_nothing(settings: Any, _: BatchRun) -> Any:
+    return settings
+
+
 class ReplicasLostError(Exception):
     """Replicas die again and again without an answer between: a bug, or trouble of the machine."""
 
@@ -54,12 +62,19 @@ class Replicas:
     """An engine made of engines: *load* makes one in a process of its own for each of *settings*.
 
     *num_expected* is how many items will come, None where nobody knows: with it, the last ones are
-    spread evenly.
+    spread evenly. After a batch *learn* makes of its replica's settings those that it is started again with.
     """
 
-    def __init__(self, load: LoadEngine, settings: Sequence[Any], num_expected: int | None = None) -> None:
+    def __init__(
+        self,
+        load: LoadEngine,
+        settings: Sequence[Any],
+        num_expected: int | None = None,
+        learn: Learn = _learn_nothing,
+    ) -> None:
         self._load = load
-        self._settings = settings
+        self._learn = learn
+        self._settings = list(settings)
         self._num_expected = num_expected
         self._num_ended = 0
         self._replicas: list[_Replica] = []
@@ -224,6 +239,7 @@ class Replicas:
             case BatchStart():
                 replica.in_hand = frozenset(event.rows)
             case BatchRun():
+                self._settings[replica.index] = self._learn(self._settings[replica.index], event)
                 return replace(event, replica=replica.index)
             case Completion() | Failure():
                 del replica.unanswered[event.chunk_id, event.row]

@@ -100,6 +100,22 @@ def test_what_a_dead_replica_held_is_answered_by_another_and_it_is_started_again
     assert sum(isinstance(event, ReplicaReady) for event in events) == 3
 
 
+def test_a_replica_that_is_started_again_knows_of_its_batches_before(tmp_path: Path) -> None:
+    def learn(script: Script, run: BatchRun) -> Script:
+        return replace(script, batch_size=script.batch_size + run.shape.batch_size)
+
+    scripts = [Script(tmp_path, name, batch_size=2, batch_seconds=0.05, dies_once_at_row=9) for name in "ab"]
+
+    events = list(Replicas(load, scripts, 60, learn).run(requests(60)))
+
+    assert rows(events) == list(range(60))
+    (loss,) = lost(events)
+    died, other = ("a", "b") if loss.replica == 0 else ("b", "a")
+    sizes = {name: [len(batch) for by, batch in batches(tmp_path) if by == name] for name in (died, other)}
+    assert max(sizes[other]) == 2
+    assert max(sizes[died]) > 2
+
+
 @pytest.mark.parametrize("num_replicas", [1, 3])
 def test_a_record_that_kills_replicas_becomes_a_failed_row_and_its_neighbours_do_not(
     tmp_path: Path, num_replicas: int

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,9 @@ from glm4v_batch.devices import cuda_visible_devices, let_segments_grow
 from glm4v_batch.engines import Engine
 from glm4v_batch.errors import PlacementError, first_line
 from glm4v_batch.job import Job
-from glm4v_batch.memory import MemoryModel, Meter
+from glm4v_batch.memory import MEMORY_OF_SAMPLES, MemoryModel, Meter
 from glm4v_batch.packed_limits import PackedDemand, packed_limits
-from glm4v_batch.types import PeakSample, Replica, Spot
+from glm4v_batch.types import BatchRun, PeakSample, Replica, Spot
 from glm4v_batch.units import GIB
 
 if TYPE_CHECKING:
@@ -48,6 +48,14 @@ class ReplicaSettings:
     offload_folder: Path
     packed: PackedDemand | None = None
     num_expected: int | None = None
+
+
+def with_run(settings: ReplicaSettings, run: BatchRun) -> ReplicaSettings:
+    """*settings* for a start after *run*, of which the memory model then knows."""
+    if not run.peak_bytes:
+        return settings
+    sample = PeakSample(run.shape, run.peak_bytes, run.out_of_memory)
+    return replace(settings, samples=[*settings.samples, sample][-MEMORY_OF_SAMPLES:])
 
 
 def load_engine(settings: ReplicaSettings) -> Engine:
