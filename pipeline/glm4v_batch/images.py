@@ -129,7 +129,7 @@ def read_image(
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling(processing.resample))
     grid = (1, height // processing.patch_size, width // processing.patch_size)
-    # Not np.asarray(image), which asks Pillow for a description first and takes twice as long.
+    # Not np.asarray(image): it asks Pillow for a description first, which costs time where images are small.
     pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, -1)
     return ImagePatches(patchify(pixels, processing), grid)
 

@@ -286,7 +286,7 @@ class BatchingSettings(_Section):
         default="auto",
         description="packed: no padding, continuous batching; generate: transformers' own loop; echo: a hash "
         "of pixels and prompt, without a model, for trying out. auto: packed for dense GLM-4V models in 16 "
-        "bits with a GPU for each copy, else generate, and plan says why.",
+        "bits on GPUs, else generate, and plan says why.",
     )
     max_batch_size: int | None = Field(default=None, ge=1, description="Null: as many as the memory holds.")
     echo_seconds: float = Field(

@@ -80,7 +80,7 @@ class MemoryModel:
     """Peak memory of one replica as a function of the batch, per device.
 
     *fixed_bytes* is what each device holds before any batch, *priors* per device what
-    `prior_coefficients` gives, *samples* what an earlier run measured on the same devices.
+    `prior_coefficients` gives, *samples* what was measured before on the same devices.
     *must_probe* says that the priors are proportions only (`can_predict` is False): the first batches
     are single requests, later ones at most twice as large as the largest that ran, and the margin
     covers the worst recent error, because a formula that is not the model's errs again and again.

@@ -301,17 +301,23 @@ class Output:
         return table
 
 
-def _column(values: Sequence[str | int | None], kind: pa.DataType) -> pa.Array:
+def _column(values: Sequence[str | int | None], kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
     """*values* as Arrow has them.
 
-    Not by `pa.array`, which imports pandas, where there is one, to see whether they are a series: that takes
-    half a second, in which the first part waits.
+    `pa.array` imports pandas, where there is one, to see whether they are a series: that takes half a
+    second, in which the first part waits.
     """
     if all(value is None for value in values):
         return pa.nulls(len(values), kind)
     builder = pa.lib.StringBuilder()
-    builder.append_values([None if value is None else str(value) for value in values])
-    return builder.finish().cast(kind)
+    builder.append_values(values if kind == pa.string() else map(_as_text, values))
+    column = builder.finish().cast(kind)
+    # What it has no room for, beyond 2 GiB, the builder leaves out without a word.
+    return column if len(column) == len(values) else pa.array(values, kind)
+
+
+def _as_text(number: str | int | None) -> str | None:
+    return None if number is None else str(number)
 
 
 def readable(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -28,10 +28,10 @@ def send(pipe: Connection, value: object) -> None:
         return is_small
 
     pickled = pickle.dumps(value, protocol=5, buffer_callback=stays_within)
-    sizes = struct.pack(f"<I{len(large)}Q", len(large), *(view.nbytes for view in large))
-    pipe.send_bytes(sizes + pickled)
-    while large:
-        large = _after(large, os.writev(pipe.fileno(), large[:_MOST_VIEWS]))
+    left = [memoryview(pickled), *large]
+    pipe.send_bytes(struct.pack(f"<{len(left)}Q", *(view.nbytes for view in left)))
+    while left:
+        left = _after(left, os.writev(pipe.fileno(), left[:_MOST_VIEWS]))
 
 
 def receive(pipe: Connection) -> Any:
@@ -39,17 +39,15 @@ def receive(pipe: Connection) -> Any:
 
     Raises EOFError or OSError where it does not come. For pipes to our own processes only: it is unpickled.
     """
-    message = memoryview(pipe.recv_bytes())
-    (num_large,) = struct.unpack_from("<I", message)
-    sizes = struct.unpack_from(f"<{num_large}Q", message, 4)
-    buffers = [bytearray(size) for size in sizes]
+    buffers = [bytearray(size) for (size,) in struct.iter_unpack("<Q", pipe.recv_bytes())]
     left = [memoryview(buffer) for buffer in buffers]
     while left:
         num_bytes = os.readv(pipe.fileno(), left[:_MOST_VIEWS])
         if not num_bytes:
             raise EOFError
         left = _after(left, num_bytes)
-    return pickle.loads(message[4 + 8 * num_large :], buffers=buffers)  # noqa: S301  from our own process
+    pickled, *large = buffers
+    return pickle.loads(pickled, buffers=large)  # noqa: S301  from our own process
 
 
 def _after(views: Sequence[memoryview], num_bytes: int) -> list[memoryview]:

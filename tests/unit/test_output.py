@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,6 +69,32 @@ def test_columns_of_text_are_what_arrow_makes_of_them(values: list[str | None]) 
 @given(values=st.lists(st.none() | st.integers(-(2**63), 2**63 - 1), max_size=9))
 def test_columns_of_numbers_are_what_arrow_makes_of_them(values: list[int | None]) -> None:
     assert _column(values, pa.int64()).equals(pa.array(values, pa.int64()))
+
+
+class _FullBuilder:
+    """Leaves out, as Arrow's own does, what it has no room for."""
+
+    def __init__(self) -> None:
+        self._values: list[str | None] = []
+
+    def append_values(self, values: Iterable[str | None]) -> None:
+        self._values = [value for value in values if value != "large"]
+
+    def finish(self) -> pa.Array:
+        return pa.array(self._values, pa.string())
+
+
+def test_texts_for_which_there_is_no_room_at_once_are_kept_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pa.lib, "StringBuilder", _FullBuilder)
+
+    assert _column(["a", "large", None], pa.string()).to_pylist() == ["a", "large", None]
+
+
+def test_a_number_among_texts_is_our_mistake_and_no_text() -> None:
+    with pytest.raises(TypeError):
+        _column(["a", 5], pa.string())
 
 
 def test_answers_and_failures_stand_in_row_order_with_their_passed_columns(tmp_path: Path) -> None:

@@ -28,10 +28,11 @@ def sent(value: object) -> Any:
     """What arrives of *value* when another thread sends it."""
     ours, theirs = Pipe()
     with closing(ours), closing(theirs):
-        sender = threading.Thread(target=wire.send, args=(theirs, value))
+        sender = threading.Thread(target=wire.send, args=(theirs, value), daemon=True)
         sender.start()
         received = wire.receive(ours)
-        sender.join()
+        sender.join(10)
+        assert not sender.is_alive()
     return received
 
 
@@ -70,7 +71,7 @@ def test_a_request_arrives_with_arrays_that_can_be_written_and_share_no_memory()
     assert np.array_equal(one.inputs.patches, request(36).inputs.patches)
     assert one.inputs.patches.flags.writeable
     assert not np.shares_memory(one.inputs.patches, other.inputs.patches)
-    assert len(one.inputs.patches.base.base) == 36 * 588
+    assert len(one.inputs.patches.base.base.obj) == 36 * 588
 
 
 def test_a_sender_that_dies_between_its_arrays_is_an_end(pipe: tuple[Connection, Connection]) -> None:

@@ -51,8 +51,8 @@ class ReplicaSettings:
 
 
 def with_run(settings: ReplicaSettings, run: BatchRun) -> ReplicaSettings:
-    """*settings* for a start after *run*, of which the memory model then knows."""
-    if not run.peak_bytes:
+    """*settings* for a start after *run*, of which the memory model of `generate()` then knows."""
+    if settings.packed or not run.peak_bytes:
         return settings
     sample = PeakSample(run.shape, run.peak_bytes, run.out_of_memory)
     return replace(settings, samples=[*settings.samples, sample][-MEMORY_OF_SAMPLES:])
