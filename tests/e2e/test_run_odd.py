@@ -181,7 +181,7 @@ def test_a_signal_that_is_ignored_on_purpose_stays_ignored(tmp_path: Path, make_
 
 
 def test_the_second_signal_ends_the_run_at_once(tmp_path: Path, make_source: MakeSource) -> None:
-    slow = ["batching: {engine: echo, max_batch_size: 20, echo_seconds: 5}"]
+    slow = ["batching: {engine: echo, max_batch_size: 20, echo_seconds: 8}"]
     job = write_job(tmp_path / "job.yaml", make_source(60), tmp_path / "out", extra=slow)
     process = subprocess.Popen(
         command("run", job), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
@@ -190,21 +190,21 @@ def test_the_second_signal_ends_the_run_at_once(tmp_path: Path, make_source: Mak
         assert process.poll() is None
         time.sleep(0.02)
 
-    begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    # Two that come while the driver waits for the disk would be one.
+    assert process.stderr is not None
+    assert any(b"once more to stop at once" in line for line in iter(process.stderr.readline, b""))
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate()
+    process.communicate(timeout=30)
 
+    # A run that had waited for its batch would have ended by itself.
     assert process.returncode == -signal.SIGTERM
-    assert b"once more to stop at once" in stderr
-    assert time.monotonic() - begin < 3
 
 
 def test_an_interrupted_run_commits_what_its_last_batch_completed(
     tmp_path: Path, make_source: MakeSource
 ) -> None:
-    slow = ["batching: {engine: echo, max_batch_size: 40, echo_seconds: 1.5}"]
+    slow = ["batching: {engine: echo, max_batch_size: 40, echo_seconds: 4}"]
     job = write_job(tmp_path / "job.yaml", make_source(120), tmp_path / "out", extra=slow)
     process = subprocess.Popen(
         command("run", job), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -212,7 +212,7 @@ def test_an_interrupted_run_commits_what_its_last_batch_completed(
     while len(contents(tmp_path / "out")) < 2:
         assert process.poll() is None
         time.sleep(0.02)
-    time.sleep(0.5)  # the second batch is in hand
+    time.sleep(2)  # the second batch is in hand
 
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=30)
@@ -222,7 +222,7 @@ def test_an_interrupted_run_commits_what_its_last_batch_completed(
 
 
 def test_a_signal_during_the_last_batch_interrupts_nothing(tmp_path: Path, make_source: MakeSource) -> None:
-    slow = ["batching: {engine: echo, max_batch_size: 20, echo_seconds: 1.5}"]
+    slow = ["batching: {engine: echo, max_batch_size: 20, echo_seconds: 4}"]
     job = write_job(tmp_path / "job.yaml", make_source(40), tmp_path / "out", extra=slow)
     process = subprocess.Popen(
         command("run", job), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE
@@ -230,7 +230,7 @@ def test_a_signal_during_the_last_batch_interrupts_nothing(tmp_path: Path, make_
     while not contents(tmp_path / "out"):
         assert process.poll() is None
         time.sleep(0.02)
-    time.sleep(0.5)  # the last batch is in hand
+    time.sleep(2)  # the last batch is in hand
 
     process.send_signal(signal.SIGTERM)
     stdout, _ = process.communicate(timeout=30)
