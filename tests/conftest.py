@@ -2,7 +2,7 @@
 
 import io
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,14 @@ def pytest_configure() -> None:
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
+
+
+@pytest.fixture
+def heeded_hangup() -> Iterator[None]:
+    """SIGHUP as a terminal's child has it: under nohup the tests ignore it, and so would what they test."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def image_bytes(row: int, size: tuple[int, int] = (64, 64), kind: str = "PNG") -> bytes:

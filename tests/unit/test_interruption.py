@@ -45,6 +45,7 @@ def test_a_signal_whose_error_python_drops_in_a_callback_ends_it_all_the_same_an
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("heeded_hangup")
 def test_a_signal_whose_error_is_swallowed_ends_it_all_the_same() -> None:
     def import_something_that_swallows_errors() -> None:
         with suppress(BaseException):

@@ -54,6 +54,7 @@ def test_whoever_shows_the_events_is_not_interrupted() -> None:
     assert is_over[0] is False
 
 
+@pytest.mark.usefixtures("heeded_hangup")
 def test_no_chunk_is_admitted_after_a_signal() -> None:
     with stopping.stopping(None) as stop:
         tasks = stop.admit(CHUNKS)
