@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _UNKNOWN_CODE = 255
 # What a child ends with where the program that started it would have it start children while it imports.
 _UNGUARDED_CODE = 117
+# How many fork servers may be killed over one child, and how long one that dies still seems alive.
+_FORK_SERVERS = 5
+_DYING_SECONDS = 0.05
 # What the fork server imports once, so that the child which replaces a lost one starts at once.
 _PRELOADED = ["glm4v_batch.preprocess"]
 
@@ -66,19 +70,41 @@ class Child:
 
     def __init__(self, target: Callable[..., None], *arguments: Any, name: str) -> None:
         end_while_importing()
+        self._start_by_some_server(target, arguments, name)
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._writer: threading.Thread | None = None
+
+    def _start_by_some_server(
+        self, target: Callable[..., None], arguments: tuple[Any, ...], name: str
+    ) -> None:
+        """Start the process; where its fork server is killed over it, by the next one."""
+        for _ in range(_FORK_SERVERS):
+            try:
+                return self._start(target, arguments, name)
+            except (EOFError, ConnectionError) as error:
+                # What the dead one may have started after all meets the end of its pipe.
+                self.pipe.close()
+                lost = error
+                time.sleep(_DYING_SECONDS)
+        raise PlacementError(
+            f"The process {name} cannot be started: what starts it was killed {_FORK_SERVERS} times.",
+            hint="The kernel does that where memory runs out, and tells by dmesg.",
+        ) from lost
+
+    def _start(self, target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> None:
         context = _context()
         with _refusing(name):
             self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, target, arguments), name=name, daemon=True)
         # A signal may end this process as soon as it is let in: what the child's end needs is done by then.
         with _signals_blocked():
-            with _refusing(name):
-                self._process.start()
-            theirs.close()  # or the child's death would not end the pipe
+            try:
+                with _refusing(name):
+                    self._process.start()
+            finally:
+                theirs.close()  # or the child's death would not end the pipe
             # At exit multiprocessing asks daemons to end by SIGTERM, which they ignore, and waits for them.
             Finalize(self, self._process.kill, exitpriority=10)
-        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        self._writer: threading.Thread | None = None
 
     @property
     def pid(self) -> int:
@@ -142,6 +168,8 @@ def _refusing(name: str) -> Iterator[None]:
     """Raise PlacementError where the system refuses what a process takes."""
     try:
         yield
+    except ConnectionError:
+        raise  # nothing was refused: the fork server is gone
     except OSError as error:
         raise PlacementError(
             f"The process {name} cannot be started: {error.strerror or error}.",

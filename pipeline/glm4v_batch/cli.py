@@ -12,7 +12,7 @@ import click
 
 from glm4v_batch import __version__
 from glm4v_batch.errors import Glm4vBatchError, printable
-from glm4v_batch.interruption import SignalledError, ended_by_signals
+from glm4v_batch.interruption import SignalledError, ended_by_signals, let_the_next_one_end_it
 
 if TYPE_CHECKING:
     from glm4v_batch.asked import Asked
@@ -38,6 +38,9 @@ class _Commands(click.Group):
             resume = f" Resume with: {_resume_command(ctx)}" if _UNTIL in ctx.meta else ""
             _say(f"Interrupted.{resume}", err=True)
             ctx.exit(128 + signalled.signal_number)
+        finally:
+            # All is told: what comes now would only leave a traceback of what it met while all is taken down.
+            let_the_next_one_end_it()
 
 
 def _told(error: Glm4vBatchError, ctx: click.Context) -> str:

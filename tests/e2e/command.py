@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "data" / "tiny-glm4v"
@@ -19,6 +21,26 @@ def run_command(*arguments: object, timeout: float = 120) -> subprocess.Complete
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False
     )
+
+
+# What a run takes to be continued without its batches' waiting: how batches are made is no part of a job's
+# identity.
+AT_ONCE = ("--set", "batching.echo_seconds=0")
+
+
+def wait_until(process: subprocess.Popen[Any], is_so: Callable[[], object]) -> None:
+    """Wait until *is_so*, which has to come before *process* ends."""
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline, "what the test waits for did not come"
+        time.sleep(0.01)
+
+
+def num_batches(output: Path) -> int:
+    """How many batches of the echo engine are done, with all that was to be made durable for them."""
+    written = output / ".glm4v-batch" / "batches.jsonl"
+    return written.read_bytes().count(b"\n") if written.exists() else 0
 
 
 def write_job(

@@ -1,6 +1,7 @@
 """What a person at the command line meets: quick answers, mistakes explained, exit codes."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,25 @@ output:
 """
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "pandas"}
+
+
+LATE = """
+import atexit, os, signal, sys
+from glm4v_batch.cli import main
+
+atexit.register(lambda: os.kill(os.getpid(), int(sys.argv.pop())))
+main(["validate", "jobs/caption.yaml"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_all_is_told_ends_the_process_without_a_traceback(number: signal.Signals) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LATE, str(int(number))], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert ended.stdout
+    assert (ended.returncode, ended.stderr) == (-number, "")
 
 
 def imported_by(arguments: list[str]) -> set[str]:
@@ -125,7 +145,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_loads(tmp_path: Path, make
         tmp_path / "job.yaml", make_source(5), tmp_path / "out", extra=["batching: {engine: generate}"]
     )
 
-    refused = run_command("plan", job, "--set", "devices.memory_fraction=0.0001")
+    refused = run_command("plan", job, "--set", "devices.memory_fraction=0.00001")
 
     assert refused.returncode == 6
     assert "MiB for its weights" in refused.stderr

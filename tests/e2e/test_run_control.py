@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import MakeSource
-from tests.e2e.command import MODEL, ROOT, command, run_command, write_job
+from tests.e2e.command import AT_ONCE, MODEL, ROOT, command, run_command, wait_until, write_job
 from tests.e2e.test_run_echo import SLOW, contents, rows_of
 from tests.faults.runs import orphans
 
@@ -105,6 +105,7 @@ def test_a_second_signal_of_another_kind_ends_the_run_at_once_too(
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
     assert any("ready" in line for line in lines)
+    time.sleep(3)  # a batch is in hand
 
     process.send_signal(first)
     assert any("once more" in line for line in lines)
@@ -133,7 +134,7 @@ def test_a_deadline_ends_the_run_with_whole_parts_and_the_way_to_go_on(
     num_committed = 20 * len(contents(tmp_path / "out"))
     assert num_committed < 400
     assert f"{num_committed} of 400 rows are committed" in ended.stdout
-    assert run_command("run", job).returncode == 0
+    assert run_command("run", job, *AT_ONCE).returncode == 0
     assert len(rows_of(tmp_path / "out")) == 400
 
 
@@ -236,20 +237,18 @@ def test_options_that_make_no_sense_are_refused_before_anything_is_made(
 def test_a_message_to_a_closed_stream_never_lands_in_a_file_of_ours(
     tmp_path: Path, make_source: MakeSource
 ) -> None:
-    job = write_job(tmp_path / "job.yaml", make_source(150), tmp_path / "out", extra=SLOW)
+    job = write_job(tmp_path / "job.yaml", make_source(400), tmp_path / "out", extra=SLOW)
     with subprocess.Popen(
         ["bash", "-c", f"exec {' '.join(command('run', job))} >&- 2>&-"], cwd=ROOT
     ) as process:
-        while not contents(tmp_path / "out"):
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_until(process, lambda: contents(tmp_path / "out"))
         os.kill(process.pid, signal.SIGTERM)
 
     assert process.returncode == 143
     state = tmp_path / "out" / ".glm4v-batch"
     assert b"Stopping" not in b"".join(path.read_bytes() for path in state.iterdir() if path.is_file())
-    assert run_command("run", job).returncode == 0
-    assert len(rows_of(tmp_path / "out")) == 150
+    assert run_command("run", job, *AT_ONCE).returncode == 0
+    assert len(rows_of(tmp_path / "out")) == 400
 
 
 def damage(file: Path) -> None:

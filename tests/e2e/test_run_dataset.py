@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from tests.conftest import MakeSource
-from tests.e2e.command import run_command, write_job
+from tests.e2e.command import AT_ONCE, run_command, write_job
 from tests.e2e.test_run_echo import SLOW, contents, kill_when_committed, rows_of
 
 NUM_ROWS = 90
@@ -60,7 +60,7 @@ def test_a_killed_run_of_a_data_set_goes_on_to_the_same_parts(
 
     assert run_command("run", whole).returncode == 0
     kill_when_committed(killed, tmp_path / "out-killed", 2)
-    resumed = run_command("run", killed)
+    resumed = run_command("run", killed, *AT_ONCE)
     again = run_command("run", killed)
 
     assert resumed.returncode == 0, resumed.stderr

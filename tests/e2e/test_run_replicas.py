@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.conftest import MakeSource
-from tests.e2e.command import ROOT, command, run_command, write_job
+from tests.e2e.command import AT_ONCE, ROOT, command, run_command, wait_until, write_job
 from tests.e2e.test_run_echo import contents, rows_of
 from tests.faults.runs import orphans
 
@@ -33,11 +33,7 @@ def started(job: Path, mark: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("part-*.parquet"))) < count:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(process, lambda: len(list(folder.glob("part-*.parquet"))) >= count)
 
 
 def replica_pids(mark: Path) -> list[int]:
@@ -50,7 +46,7 @@ def replica_pids(mark: Path) -> list[int]:
 
 
 def test_replicas_leave_the_same_rows_as_one_process(tmp_path: Path, make_source: MakeSource) -> None:
-    source = make_source(150, broken=(4,))
+    source = make_source(600, broken=(4,))
     one = write_job(tmp_path / "one.yaml", source, tmp_path / "one")
     three = write_job(tmp_path / "three.yaml", source, tmp_path / "three", extra=REPLICAS)
 
@@ -63,7 +59,7 @@ def test_replicas_leave_the_same_rows_as_one_process(tmp_path: Path, make_source
 
 
 def test_replicas_killed_in_mid_run_cost_no_record(tmp_path: Path, make_source: MakeSource) -> None:
-    source = make_source(200)
+    source = make_source(600)
     job = write_job(tmp_path / "job.yaml", source, tmp_path / "out", extra=REPLICAS)
 
     with started(job, tmp_path) as process:
@@ -74,15 +70,15 @@ def test_replicas_killed_in_mid_run_cost_no_record(tmp_path: Path, make_source: 
 
     assert process.returncode == 0, stderr
     assert stderr.count("its process died: signal 9") == 3, stderr
-    assert [row["row"] for row in rows_of(tmp_path / "out")] == list(range(200))
+    assert [row["row"] for row in rows_of(tmp_path / "out")] == list(range(600))
     assert {row["status"] for row in rows_of(tmp_path / "out")} == {"ok"}
 
 
 def test_no_replica_outlives_a_killed_run(tmp_path: Path, make_source: MakeSource) -> None:
-    job = write_job(tmp_path / "job.yaml", make_source(200), tmp_path / "out", extra=REPLICAS)
+    job = write_job(tmp_path / "job.yaml", make_source(600), tmp_path / "out", extra=REPLICAS)
     with started(job, tmp_path) as process:
         wait_for_parts(process, tmp_path / "out", 1)
-        assert len(replica_pids(tmp_path)) == 3
+        wait_until(process, lambda: len(replica_pids(tmp_path)) == 3)
         process.kill()
 
     assert orphans(process.pid) == []
@@ -91,7 +87,7 @@ def test_no_replica_outlives_a_killed_run(tmp_path: Path, make_source: MakeSourc
 def test_a_killed_run_goes_on_to_the_parts_of_an_uninterrupted_one(
     tmp_path: Path, make_source: MakeSource
 ) -> None:
-    source = make_source(150)
+    source = make_source(400)
     whole = write_job(tmp_path / "whole.yaml", source, tmp_path / "whole")
     killed = write_job(tmp_path / "killed.yaml", source, tmp_path / "killed", extra=REPLICAS)
     run_command("run", whole)
@@ -99,7 +95,7 @@ def test_a_killed_run_goes_on_to_the_parts_of_an_uninterrupted_one(
     with started(killed, tmp_path) as process:
         wait_for_parts(process, tmp_path / "killed", 2)
         process.kill()
-    resumed = run_command("run", killed)
+    resumed = run_command("run", killed, *AT_ONCE)
 
     assert resumed.returncode == 0, resumed.stderr
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -108,7 +104,7 @@ def test_a_killed_run_goes_on_to_the_parts_of_an_uninterrupted_one(
 def test_an_interrupted_run_keeps_what_the_batches_in_hand_completed(
     tmp_path: Path, make_source: MakeSource
 ) -> None:
-    job = write_job(tmp_path / "job.yaml", make_source(300), tmp_path / "out", extra=REPLICAS)
+    job = write_job(tmp_path / "job.yaml", make_source(1000), tmp_path / "out", extra=REPLICAS)
 
     with started(job, tmp_path) as process:
         wait_for_parts(process, tmp_path / "out", 2)

@@ -27,7 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for name in EXPECTED:
         folders[name] = tmp_path_factory.mktemp(name) / "out"
-        done = run_command("run", f"jobs/{name}.yaml", "--set", f"output.path={folders[name]}", timeout=400)
+        done = run_command("run", f"jobs/{name}.yaml", "--set", f"output.path={folders[name]}", timeout=1200)
         assert done.returncode == 0, done.stderr
     return folders
 

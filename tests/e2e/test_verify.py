@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from glm4v_batch.output import fingerprint
 from glm4v_batch.parts import FOOTER_KEY, RESULT_FIELDS, PartInfo, _footer, part_name
 from tests.conftest import MakeSource
-from tests.e2e.command import ROOT, command, run_command, write_job
+from tests.e2e.command import ROOT, command, run_command, wait_until, write_job
 
 SLOW = ["batching: {engine: echo, max_batch_size: 8, echo_seconds: 0.15}"]
 GIB = 1 << 30
@@ -164,16 +163,15 @@ def test_verify_beside_a_run_disturbs_nothing_and_says_that_there_is_one(
     with subprocess.Popen(
         command("run", job), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     ) as running:
-        while not list((tmp_path / "out").glob("part-*.parquet")):
-            assert running.poll() is None
-            time.sleep(0.02)
+        wait_until(running, lambda: list((tmp_path / "out").glob("part-*.parquet")))
         during = json.loads(run_command("verify", tmp_path / "out", "--json").stdout)
-        is_running = running.poll() is None
+        # Its name leaves the lock file before the lock is given up.
+        is_held = f"process {running.pid} " in (tmp_path / "out" / ".glm4v-batch" / "lock").read_text()
 
     assert running.returncode == 0
     assert (during["exit_code"], during["faults"]) == (0, [])
     assert during["holder"] is None or f"process {running.pid}" in during["holder"]
-    assert not is_running or during["holder"] is not None
+    assert not is_held or during["holder"] is not None
     assert run_command("verify", tmp_path / "out", "--source").returncode == 0
 
 

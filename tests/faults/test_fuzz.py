@@ -29,7 +29,9 @@ WANTS_ALL = os.environ.get("FAULTS") == "all"
 NUM_IMAGES = 20_000 if WANTS_ALL else 1_000
 NUM_FILES = 600 if WANTS_ALL else 40
 GIB = 1 << 30
-FUZZING = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FUZZING = settings(
+    deadline=None, database=None, derandomize=not WANTS_ALL, suppress_health_check=list(HealthCheck)
+)
 RecordProperty = Callable[[str, object], None]
 
 

@@ -52,7 +52,10 @@ def test_of_two_commands_started_together_one_works_and_one_refuses(case: Case, 
     judge("F8 two runs started together", NUM_PAIRS, found)
 
 
-def test_a_stopped_run_still_holds_its_folder_and_goes_on_when_continued(case: Case, judge: Judge) -> None:
+def test_a_stopped_run_still_holds_its_folder_and_goes_on_when_continued(
+    tmp_path: Path, make_source: MakeSource, judge: Judge
+) -> None:
+    case = make_case(tmp_path, make_source, "max_batch_size: 4, echo_seconds: 0.2")
     found: list[str] = []
     seconds: list[float] = []
     for number in range(NUM_STOPPED):

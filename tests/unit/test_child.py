@@ -6,18 +6,22 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
 from glm4v_batch.child import Child
+from glm4v_batch.errors import PlacementError
 from tests.conftest import MakeSource
 from tests.e2e.command import ROOT, write_job
 
 TWICE = """
 import os, signal, sys, time
 from glm4v_batch.child import Child
+from glm4v_batch.errors import PlacementError
 
 def child():
     made = Child(print, name="child")  # ends at once: what outlives it is the fork server and the tracker
@@ -38,6 +42,34 @@ def test_a_signal_to_the_group_leaves_the_helpers_of_multiprocessing_alive(numbe
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_fork_server_killed_while_it_is_asked_costs_no_child() -> None:
+    Child(print, name="child").end(grace_seconds=30)
+    server = fork_server()
+    os.kill(server, signal.SIGSTOP)  # it takes the request in, and answers nothing
+    threading.Timer(0.5, os.kill, (server, signal.SIGKILL)).start()
+
+    child = Child(say_hello, name="child")
+
+    assert child.pipe.recv() == "hello"
+    child.end(grace_seconds=30)
+    assert fork_server() != server
+
+
+def test_fork_servers_that_are_killed_again_and_again_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: object) -> None:
+        raise EOFError  # as multiprocessing does then
+
+    monkeypatch.setattr(ForkServerProcess, "start", start)
+    num_open = len([*Path("/proc/self/fd").iterdir()])
+
+    with pytest.raises(
+        PlacementError, match="glm4v-decoder cannot be started: what starts it was killed 5 times"
+    ):
+        Child(print, name="glm4v-decoder")
+
+    assert len([*Path("/proc/self/fd").iterdir()]) == num_open
 
 
 def test_what_is_still_being_written_to_an_ended_child_goes_nowhere_else(
@@ -119,6 +151,30 @@ def test_a_program_without_a_guarded_main_module_is_told_so(
     assert refused.stderr.count("Traceback") == 1, refused.stderr
     assert refused.stderr.splitlines()[-1].endswith(f"put what starts the run below `{guard}`.")
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def fork_server() -> int:
+    """The process that starts the children of this one."""
+    (found,) = (
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if b"multiprocessing.forkserver" in read(path) and parent_of(path.parent) == os.getpid()
+    )
+    return found
+
+
+def read(path: Path) -> bytes:
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+def parent_of(process: Path) -> int:
+    return int(read(process / "stat").rpartition(b")")[2].split()[1])
+
+
+def say_hello(pipe: Connection) -> None:
+    pipe.send("hello")
 
 
 def leave_a_holder(pipe: Connection) -> None:
