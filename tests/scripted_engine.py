@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import StringIO
 from itertools import islice
@@ -18,7 +18,10 @@ from glm4v_batch.types import BatchRun, BatchShape, BatchStart, Completion, Fail
 
 @dataclass(frozen=True)
 class Script:
-    """What an engine does. *journal* is a folder in which it leaves a file per batch that it began."""
+    """What an engine does. *journal* is a folder in which it leaves a file per batch that it began.
+
+    Its first batch lasts until all engines that *first_batch_with* names have begun one.
+    """
 
     journal: Path
     name: str = "a"
@@ -29,6 +32,8 @@ class Script:
     dies_once_at_row: int | None = None
     loading: str = "works"
     crowded_after: int | None = None
+    first_batch_with: str = ""
+    second_batch_waits_for_drain: bool = False
 
 
 class ScriptedEngine:
@@ -53,9 +58,13 @@ class ScriptedEngine:
 
     def _act(self, rows: list[int]) -> None:
         script = self._script
-        entry = f"{time.monotonic_ns()}-{script.name}-{'_'.join(map(str, rows))}"
+        entry = f"{time.monotonic_ns():020}-{script.name}-{'_'.join(map(str, rows))}"
         (script.journal / entry).touch()
         time.sleep(script.batch_seconds)
+        if not self._num_batches:
+            _wait(lambda: {*script.first_batch_with} <= {name for name, _ in batches(script.journal)})
+        elif script.second_batch_waits_for_drain:
+            _wait(lambda: self._is_draining)
         if self._num_batches == script.crowded_after:
             raise PlacementError("other processes have taken the memory", hint="free the GPU")
         self._num_batches += 1
@@ -72,7 +81,6 @@ def load(script: Script) -> ScriptedEngine:
     """The engine of *script*, or what its loading does instead."""
     match script.loading:
         case "dies":
-            (script.journal / f"death {os.getpid()}").touch()
             os._exit(3)
         case "user's mistake":
             raise PlacementError("does not fit", hint="buy a larger card")
@@ -80,10 +88,8 @@ def load(script: Script) -> ScriptedEngine:
             list(tqdm([1, 2, 3], file=StringIO()))
         case "takes a second":
             time.sleep(1)
-        case "waits for nine deaths":
-            while len(list(script.journal.glob("death *"))) < 9:
-                time.sleep(0.05)
-            time.sleep(1)  # the driver hears of the ninth only now
+        case "waits until it is told":
+            _wait(lambda: (script.journal / "told").exists())
         case "takes long":
             time.sleep(60)
     return ScriptedEngine(script)
@@ -93,6 +99,13 @@ def batches(journal: Path) -> list[tuple[str, list[int]]]:
     """The batches that engines began, in order: the engine's name and the rows."""
     entries = (path.name.split("-") for path in sorted(journal.glob("*-*-*")))
     return [(name, [int(row) for row in rows.split("_")]) for _, name, rows in entries]
+
+
+def _wait(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _answer(request: Request, name: str) -> Completion:

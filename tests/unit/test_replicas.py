@@ -10,6 +10,8 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from textwrap import indent
+from threading import Timer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glm4v_batch.errors import PlacementError
-from glm4v_batch.replicas import Replicas, ReplicasLostError, _key, _Replica
+from glm4v_batch.replicas import Learn, Replicas, ReplicasLostError, _key, _Replica
 from glm4v_batch.types import (
     BatchRun,
     Completion,
@@ -57,17 +59,57 @@ def run_all(items: list[Request], scripts: list[Script], num_expected: int | Non
     return list(Replicas(load, scripts, num_expected).run(items))
 
 
+def run_until(
+    is_enough: Callable[[list[object]], object],
+    scripts: list[Script],
+    learn: Learn | None = None,
+    watch: Callable[[Replicas, object], object] = lambda *_: None,
+) -> tuple[list[object], int]:
+    """What replicas tell that have work until *is_enough* has been told; and the number of requests.
+
+    A run over a fixed number ends with the last answer, whoever still loads: how many have worked by then
+    depends on the machine. *watch* sees each event.
+    """
+    events: list[object] = []
+    num_requests = 0
+
+    def work() -> Iterator[Request]:
+        nonlocal num_requests
+        while not is_enough(events):
+            assert num_requests < 10_000, "what the test waits for did not come"
+            yield request(num_requests)
+            num_requests += 1
+
+    replicas = Replicas(load, scripts, None, *([learn] if learn else []))
+    for event in replicas.run(work()):
+        events.append(event)
+        watch(replicas, event)
+    return events, num_requests
+
+
+def is_given_up(events: Sequence[object]) -> bool:
+    return any(loss.is_final for loss in lost(events))
+
+
+def count_ready(events: Sequence[object]) -> int:
+    return sum(isinstance(event, ReplicaReady) for event in events)
+
+
 def test_all_replicas_work_and_every_request_ends_once(tmp_path: Path) -> None:
     scripts = [Script(tmp_path, name, batch_seconds=0.02) for name in "abc"]
 
-    events = run(scripts, 120)
+    events, num_requests = run_until(lambda events: len(authors(events)) == 3, scripts)
 
-    assert rows(events) == list(range(120))
-    assert {event.text for event in events if isinstance(event, Completion)} == {"by a", "by b", "by c"}
+    assert rows(events) == list(range(num_requests))
+    assert authors(events) == {"by a", "by b", "by c"}
     runs = [event for event in events if isinstance(event, BatchRun)]
     assert {run.replica for run in runs} == {0, 1, 2}
-    assert sum(run.shape.batch_size for run in runs) == 120
+    assert sum(run.shape.batch_size for run in runs) == num_requests
     assert sorted(event.replica for event in events if isinstance(event, ReplicaReady)) == [0, 1, 2]
+
+
+def authors(events: Sequence[object]) -> set[str]:
+    return {event.text for event in events if isinstance(event, Completion)}
 
 
 def test_failures_pass_through_before_any_replica_is_ready(tmp_path: Path) -> None:
@@ -80,7 +122,9 @@ def test_failures_pass_through_before_any_replica_is_ready(tmp_path: Path) -> No
 
 
 def test_the_last_requests_are_spread_evenly_where_their_number_is_known(tmp_path: Path) -> None:
-    scripts = [Script(tmp_path, name, batch_size=5, batch_seconds=0.1) for name in "ab"]
+    scripts = [
+        Script(tmp_path, name, batch_size=5, batch_seconds=0.1, first_batch_with="ab") for name in "ab"
+    ]
 
     events = run(scripts, 40, num_expected=40)
 
@@ -92,12 +136,12 @@ def test_the_last_requests_are_spread_evenly_where_their_number_is_known(tmp_pat
 def test_what_a_dead_replica_held_is_answered_by_another_and_it_is_started_again(tmp_path: Path) -> None:
     scripts = [Script(tmp_path, name, batch_seconds=0.05, dies_once_at_row=9) for name in "ab"]
 
-    events = run(scripts, 60)
+    events, num_requests = run_until(lambda events: count_ready(events) == 3, scripts)
 
-    assert rows(events) == list(range(60))
+    assert rows(events) == list(range(num_requests))
     assert failures(events) == []
     assert [loss.reason for loss in lost(events)] == ["its process died: exit code 0"]
-    assert sum(isinstance(event, ReplicaReady) for event in events) == 3
+    assert count_ready(events) == 3
 
 
 def test_a_replica_that_is_started_again_knows_of_its_batches_before(tmp_path: Path) -> None:
@@ -106,9 +150,13 @@ def test_a_replica_that_is_started_again_knows_of_its_batches_before(tmp_path: P
 
     scripts = [Script(tmp_path, name, batch_size=2, batch_seconds=0.05, dies_once_at_row=9) for name in "ab"]
 
-    events = list(Replicas(load, scripts, 60, learn).run(requests(60)))
+    events, num_requests = run_until(
+        lambda events: any(isinstance(event, BatchRun) and event.shape.batch_size > 2 for event in events),
+        scripts,
+        learn,
+    )
 
-    assert rows(events) == list(range(60))
+    assert rows(events) == list(range(num_requests))
     (loss,) = lost(events)
     died, other = ("a", "b") if loss.replica == 0 else ("b", "a")
     sizes = {name: [len(batch) for by, batch in batches(tmp_path) if by == name] for name in (died, other)}
@@ -160,9 +208,9 @@ def test_a_replica_without_room_is_given_up_and_the_others_do_its_work(
 ) -> None:
     scripts = [Script(tmp_path, "a", batch_seconds=0.05), Script(tmp_path, "b", **crowded)]
 
-    events = run(scripts, 100, num_expected=100)
+    events, num_requests = run_until(is_given_up, scripts)
 
-    assert rows(events) == list(range(100))
+    assert rows(events) == list(range(num_requests))
     # Who was crowded while it loaded is tried three times.
     assert {loss.replica for loss in lost(events)} == {1}
     assert [loss.is_final for loss in lost(events)] == (
@@ -189,9 +237,9 @@ def test_a_death_makes_what_was_in_hand_suspect_and_a_crowded_gpu_does_not(has_n
 def test_a_replica_that_never_loads_is_given_up_and_the_others_do_its_work(tmp_path: Path) -> None:
     scripts = [Script(tmp_path, "a", batch_seconds=0.1), Script(tmp_path, "b", loading="dies")]
 
-    events = run(scripts, 100, num_expected=100)
+    events, num_requests = run_until(is_given_up, scripts)
 
-    assert rows(events) == list(range(100))
+    assert rows(events) == list(range(num_requests))
     assert [loss.replica for loss in lost(events)] == [1, 1, 1]
     assert failures(events) == []
 
@@ -204,39 +252,45 @@ def test_replicas_that_only_ever_die_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_a_replica_that_only_ever_dies_is_given_up_and_fails_no_record(tmp_path: Path) -> None:
-    broken_card = Script(tmp_path, "broken", deadly_rows=tuple(range(200)))
+    broken_card = Script(tmp_path, "broken", deadly_rows=tuple(range(10_000)))
 
-    events = run([Script(tmp_path, "good", batch_seconds=0.05), broken_card], 200, num_expected=200)
+    events, num_requests = run_until(is_given_up, [Script(tmp_path, "good", batch_seconds=0.05), broken_card])
 
-    assert rows(events) == list(range(200))
+    assert rows(events) == list(range(num_requests))
     assert failures(events) == []
     assert {loss.replica for loss in lost(events)} == {1}
 
 
 def test_replicas_that_cannot_load_do_not_stop_one_that_loads_slowly(tmp_path: Path) -> None:
-    slow = Script(tmp_path, "good", loading="waits for nine deaths")
+    slow = Script(tmp_path, "good", loading="waits until it is told")
     broken = [Script(tmp_path, name, loading="dies") for name in "bcd"]
+    events: list[object] = []
 
-    events = run([slow, *broken], 20)
+    for event in Replicas(load, [slow, *broken]).run(requests(20)):
+        events.append(event)
+        if sum(loss.is_final for loss in lost(events)) == 3:
+            (tmp_path / "told").touch()
 
     assert rows(events) == list(range(20))
     assert sum(loss.is_final for loss in lost(events)) == 3
 
 
 def test_many_replicas_killed_at_the_same_moment_are_all_started_again(tmp_path: Path) -> None:
-    replicas = Replicas(load, [Script(tmp_path, name, batch_seconds=0.3) for name in "abcdefgh"], 200)
-    events: list[object] = []
     num_ready = 0
 
-    for event in replicas.run(requests(200)):
-        events.append(event)
+    def kill_all_once_ready(replicas: Replicas, event: object) -> None:
+        nonlocal num_ready
         num_ready += isinstance(event, ReplicaReady)
         if isinstance(event, ReplicaReady) and num_ready == 8:
             for replica in replicas._replicas:
                 os.kill(replica.child.pid, signal.SIGKILL)
 
-    assert rows(events) == list(range(200))
+    scripts = [Script(tmp_path, name, batch_seconds=0.3) for name in "abcdefgh"]
+    events, num_requests = run_until(lambda _: num_ready >= 16, scripts, watch=kill_all_once_ready)
+
+    assert rows(events) == list(range(num_requests))
     assert failures(events) == []
+    assert sorted(loss.replica for loss in lost(events)) == list(range(8))
 
 
 def test_neighbours_that_all_kill_are_each_failed(tmp_path: Path) -> None:
@@ -286,24 +340,35 @@ def test_a_stopped_replica_does_not_silence_the_others(tmp_path: Path) -> None:
         last = time.monotonic()
         if isinstance(event, BatchRun) and not stopped_at:
             stopped_at = last
-            os.kill(replicas._replicas[event.replica].child.pid, signal.SIGSTOP)
+            stopped = replicas._replicas[event.replica].child.pid
+            os.kill(stopped, signal.SIGSTOP)
+            going_on = Timer(30, os.kill, (stopped, signal.SIGCONT))
+            going_on.start()
         if stopped_at and last - stopped_at > 5:
             break
 
+    going_on.cancel()
     assert ended_by_other > 20
-    assert longest_silence < 2
+    # A driver that writes to the one that reads nothing would be silent until that goes on.
+    assert longest_silence < 20
 
 
-def test_a_slow_source_does_not_keep_signs_of_life_back(tmp_path: Path) -> None:
+def test_a_slow_source_does_not_keep_signs_of_life_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("glm4v_batch.replicas.time", SimpleNamespace(monotonic=lambda: clock.now))
+
     def slowly() -> Iterator[Request]:
         for each in requests(60):
-            time.sleep(0.1)
+            clock.now += 0.5
             yield each
 
-    times = []
+    times = [0.0]
     for _ in Replicas(load, [Script(tmp_path, batch_size=64)], 60).run(slowly()):
-        times.append(time.monotonic())
+        times.append(clock.now)
 
+    assert clock.now == 30
     assert max(later - earlier for earlier, later in pairwise(times)) < 2
 
 
@@ -323,7 +388,7 @@ def run_program(folder: Path, lines: str, **script: object) -> subprocess.Comple
     paths = os.pathsep.join([str(ROOT / "pipeline"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths}
     return subprocess.run(
-        [sys.executable, path], capture_output=True, text=True, timeout=30, env=environment, check=True
+        [sys.executable, path], capture_output=True, text=True, timeout=120, env=environment, check=True
     )
 
 
@@ -349,7 +414,7 @@ def test_a_bar_that_a_library_shows_while_it_loads_leaves_nothing_behind(tmp_pat
 
 
 def test_draining_ends_after_the_batches_in_hand(tmp_path: Path) -> None:
-    scripts = [Script(tmp_path, name, batch_seconds=0.3) for name in "ab"]
+    scripts = [Script(tmp_path, name, second_batch_waits_for_drain=True) for name in "ab"]
     replicas = Replicas(load, scripts)
     events: list[object] = []
 
@@ -360,7 +425,7 @@ def test_draining_ends_after_the_batches_in_hand(tmp_path: Path) -> None:
 
     begun = sorted(row for _, batch in batches(tmp_path) for row in batch)
     assert rows(events) == begun
-    assert 4 <= len(begun) <= 24
+    assert 4 <= len(begun) <= 16
 
 
 def test_draining_does_not_wait_for_a_replica_that_still_loads(tmp_path: Path) -> None:
