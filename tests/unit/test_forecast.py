@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,19 @@ from glm4v_batch.plan import make_plan, open_job
 from glm4v_batch.render import plan_as_json, plan_as_text
 from glm4v_batch.report import Report
 from glm4v_batch.speed import prior_seconds
+from glm4v_batch.survey import SampleLimits, survey
 from glm4v_batch.types import BatchRun, BatchShape, Replica, ReplicaReady
 from tests.cards import WORST, cpu, glm_41v, gpu, gpus
 from tests.conftest import MakeSource
 from tests.e2e.command import write_job
+
+
+@pytest.fixture(autouse=True)
+def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a survey read what it would on a machine that keeps up, on a host with 10 GiB."""
+    unhurried = partial(survey, limits=SampleLimits(seconds=600))
+    monkeypatch.setattr(forecast_module, "survey", unhurried)
+    monkeypatch.setattr(forecast_module, "find_devices", lambda *_: (cpu(10),))
 
 
 @pytest.fixture

@@ -67,7 +67,8 @@ def settings_of(name: str, *overrides: str) -> PreprocessSettings:
 
 
 def surveyed(source: FakeSource, left: Sequence[tuple[str, range]], **limits: Any) -> Survey:
-    return survey(source, left, settings_of("caption"), SampleLimits(**limits), source.clock)
+    # In this process: what decoders do with a record is tested where its sizes are.
+    return survey(source, left, settings_of("caption"), SampleLimits(**limits), source.clock, num_workers=0)
 
 
 def size_of(request: Request) -> RequestSize:
@@ -78,7 +79,7 @@ def size_of(request: Request) -> RequestSize:
 def test_headers_give_the_sizes_of_the_real_requests(name: str) -> None:
     opened = open_job(job_of(name))
     left = [(shard.path, range(shard.num_rows or 0)) for shard in opened.shards]
-    limits = SampleLimits(num_rows=1000, seconds=60)
+    limits = SampleLimits(num_rows=1000, seconds=600)
 
     found = survey(opened.source, left, settings_of(name), limits)
 
@@ -91,7 +92,8 @@ def test_a_few_rows_that_are_left_are_all_sampled_and_no_others() -> None:
     first, _, third, _ = (shard.path for shard in opened.shards)
     requests = sample("caption")[1]
 
-    found = survey(opened.source, [(first, range(5, 9)), (third, range(100, 103))], settings_of("caption"))
+    left = [(first, range(5, 9)), (third, range(100, 103))]
+    found = survey(opened.source, left, settings_of("caption"), SampleLimits(seconds=600))
 
     expected = [*requests[5:9], *requests[2 * 144 + 100 : 2 * 144 + 103]]
     assert found.sizes == tuple(map(size_of, expected))
@@ -184,7 +186,7 @@ def test_a_streamed_data_set_is_sampled_as_its_rows_arrive(
     source = open_source(dataset, RecordColumns(("title",)))
     (shard,) = source.shards()
 
-    found = survey(source, [(shard.path, range(ENDLESS))], settings_of("caption"), SampleLimits(seconds=60))
+    found = survey(source, [(shard.path, range(ENDLESS))], settings_of("caption"), SampleLimits(seconds=600))
 
     assert len(found.sizes) == 40
 
@@ -193,7 +195,7 @@ def test_records_without_a_request_are_counted_by_code(make_source: MakeSource) 
     opened = open_job(job_of("caption", f"source.path={make_source(40, broken=(3, 7))}", "output.columns=[]"))
     left = [(shard.path, range(shard.num_rows or 0)) for shard in opened.shards]
 
-    found = survey(opened.source, left, settings_of("caption"), SampleLimits(seconds=60))
+    found = survey(opened.source, left, settings_of("caption"), SampleLimits(seconds=600))
 
     assert found.failures == {"image_format": 2}
     assert (len(found.sizes), found.num_failed) == (38, 2)
