@@ -8,8 +8,8 @@ from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.memory import Meter
 from glm4v_batch.model import load_model
 from glm4v_batch.packed_limits import PackedLimits
-from tests.cpu_meter import CpuMeter
-from tests.tiny import ENDLESS, ROOT, job_of, vocabulary, weight_bytes
+from tests.cpu_meter import EndlessMeter
+from tests.tiny import ROOT, job_of, vocabulary, weight_bytes
 
 LIMITS = PackedLimits(max_rows=16, pool_tokens=1 << 14, step_tokens=512, patches=2048)
 
@@ -35,7 +35,7 @@ def packed_engine(
     known = vocabulary(name, *overrides)
     model = model or packed_weights()
     table = torch.from_numpy(known.normalisation)
-    meter = meter or CpuMeter(weight_bytes(), ENDLESS)
+    meter = meter or EndlessMeter(weight_bytes())
     return PackedEngine(
         PackedModel(model, table, known.temporal_patch_size),
         known,

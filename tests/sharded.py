@@ -9,9 +9,9 @@ from glm4v_batch.memory import MemoryModel, prior_coefficients
 from glm4v_batch.model import load_model
 from glm4v_batch.packed_limits import PackedLimits
 from glm4v_batch.types import Request
-from tests.cpu_meter import CpuMeter
+from tests.cpu_meter import EndlessMeter
 from tests.packed import packed_engine
-from tests.tiny import ENDLESS, ROOT, job_of, sample, texts, vocabulary, weight_bytes
+from tests.tiny import ROOT, job_of, sample, texts, vocabulary, weight_bytes
 
 JOB = "caption"
 MOST_NEW_TOKENS = 12
@@ -95,7 +95,7 @@ def enter_through(model: Any, card: str) -> None:
 
 def run(model: Any, *overrides: str) -> list[object]:
     """What the generate engine yields for all `requests` on *model*, memory being endless."""
-    meter = CpuMeter(weight_bytes(), ENDLESS)
+    meter = EndlessMeter(weight_bytes())
     engine = GenerateEngine(
         model,
         vocabulary(JOB, NEW_TOKENS, *overrides),

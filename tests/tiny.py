@@ -12,7 +12,7 @@ from glm4v_batch.model import load_model
 from glm4v_batch.plan import open_job, preprocess_settings
 from glm4v_batch.preprocess import preprocess
 from glm4v_batch.types import BatchRun, Chunk, Completion, Failure, Record, Request
-from tests.cpu_meter import CpuMeter
+from tests.cpu_meter import EndlessMeter
 
 ROOT = Path(__file__).parents[1]
 ENDLESS = 1 << 40
@@ -67,7 +67,7 @@ def engine(
     max_batch_size: int | None = None,
 ) -> GenerateEngine:
     """The generate engine on the tiny model; without *meter* memory is endless."""
-    meter = meter or CpuMeter(weight_bytes(), ENDLESS)
+    meter = meter or EndlessMeter(weight_bytes())
     return GenerateEngine(
         weights(),
         vocabulary(name, *overrides),

@@ -14,9 +14,8 @@ from glm4v_batch.job import GenerationSettings
 from glm4v_batch.kv_pool import KVPool
 from glm4v_batch.packed_limits import MOST_STEP_TOKENS, PackedDemand, PackedLimits, PackedNeeds
 from glm4v_batch.types import RequestSize
-from tests.cpu_meter import CpuMeter
+from tests.cpu_meter import EndlessMeter
 from tests.packed import packed_weights
-from tests.tiny import ENDLESS
 
 
 def test_nothing_of_it_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +38,7 @@ def test_nothing_of_it_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     gc.disable()
     try:
-        warm_up(model, make_rows, PackedDemand((needs,), 8, size, size, 400), CpuMeter(0, ENDLESS))
+        warm_up(model, make_rows, PackedDemand((needs,), 8, size, size, 400), EndlessMeter(0))
         # What hangs in a circle would wait for a collection, and the room is shared out before that.
         assert made
         assert not [tensor for tensor in made if tensor() is not None]
