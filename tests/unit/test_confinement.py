@@ -69,7 +69,7 @@ def test_an_endless_loop_ends_by_its_own_signal(tmp_path: Path) -> None:
 
 
 def test_waiting_costs_no_processor_time_and_each_allowance_starts_anew(tmp_path: Path) -> None:
-    work = "began = time.process_time()\nwhile time.process_time() < began + 0.7: pass\n"
+    work = "began = time.process_time()\nwhile time.process_time() < began + 0.6: pass\n"
     done = confined(
         f"for _ in range(3):\n    allow_cpu(1)\n    time.sleep(0.5)\n    exec({work!r})", tmp_path
     )

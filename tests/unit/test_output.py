@@ -158,7 +158,7 @@ def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
         begin = time.monotonic()
         with pytest.raises(OutputLockedError, match=f"process {holder.pid}"), locked(tmp_path):
             pass
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < 30  # to wait for the lock would take a minute
         holder.kill()
         holder.wait()
 

@@ -42,12 +42,13 @@ def test_a_run_that_waits_in_vain_ends_when_the_grace_is_over() -> None:
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
-def test_whoever_shows_the_events_is_not_interrupted() -> None:
+def test_whoever_shows_the_events_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     with stopping.stopping(None) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         began = time.monotonic()
         while time.monotonic() - began < 0.6:  # the alarm rings here, several times
             threading.Event().wait(0.05)
+        monkeypatch.setattr(stopping, "_GRACE_SECONDS", 30)
         is_over = [stop.is_over(EchoEngine()), stop.is_over(EchoEngine())]
 
     assert stop.reason == Interrupted(signal.SIGTERM)
