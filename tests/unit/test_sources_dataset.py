@@ -1,5 +1,6 @@
 """Records from data sets of the `datasets` library: addressed, saved and streamed, never decoded."""
 
+import errno
 import io
 import subprocess
 import sys
@@ -157,10 +158,23 @@ def test_unknown_splits_and_configurations_are_mistakes_of_the_job(
 def test_a_data_set_that_cannot_be_reached_is_a_source_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
 
-    with pytest.raises(SourceError, match="cannot be loaded"):
+    with pytest.raises(SourceError, match="cannot be loaded") as not_here:
         opened("nobody/nothing")
-    with pytest.raises(SourceError, match="cannot be loaded"):
+    with pytest.raises(SourceError, match="cannot be loaded") as empty:
         opened(tmp_path / "empty")
+
+    assert "no such folder here" in not_here.value.hint
+    assert not empty.value.hint
+
+
+def test_trouble_of_the_disk_says_where(parquet_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied", "/cache/it's here/lock")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+
+    with pytest.raises(SourceError, match="cannot be loaded: Permission denied: /cache/it's here/lock"):
+        opened(parquet_folder)
 
 
 def test_damaged_files_are_a_source_error(parquet_folder: Path) -> None:

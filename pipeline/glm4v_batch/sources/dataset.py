@@ -5,6 +5,7 @@ opens any path and URL that a record names, and this project's does not.
 """
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from glm4v_batch.errors import JobError, SourceError, first_line
+from glm4v_batch.errors import JobError, SourceError, first_line, sanitise
 from glm4v_batch.job import DatasetSettings
 from glm4v_batch.types import Chunk, Record
 
@@ -235,9 +236,20 @@ def _loading(datasets: ModuleType, settings: DatasetSettings) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise SourceError(f"{what} cannot be loaded: {first_line(error)}.") from None
+        is_here = Path(settings.path).exists()
+        hint = (
+            "" if is_here else "There is no such folder here, so it was looked for on the Hugging Face Hub."
+        )
+        raise SourceError(f"{what} cannot be loaded: {_trouble(error)}.", hint=hint) from None
     except ValueError as error:  # an unknown configuration or split
         raise JobError(f"{what} cannot be loaded: {first_line(error, with_quotes=True)}.") from None
+
+
+def _trouble(error: Exception) -> str:
+    """What *error* says; the path that it is about, too, which quotes nothing of the data."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {sanitise(os.fsdecode(error.filename))}"
+    return first_line(error)
 
 
 @contextmanager

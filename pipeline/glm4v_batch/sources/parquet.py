@@ -8,26 +8,26 @@ consecutive chunks decodes each page once.
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from glm4v_batch.errors import Glm4vBatchError, JobError, SourceError, first_line, on_one_line, sanitise
+from glm4v_batch.errors import PlacementError, SourceError, first_line, on_one_line
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.types import Chunk, Record
 from glm4v_batch.units import format_bytes
 
 from . import RecordColumns, Shard, cut
 from .cells import Layout, check_image_column, records
+from .listing import file_system, find_files
 
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 << 10
@@ -136,7 +136,7 @@ class ParquetFiles:
         opened: Opened | None = None,
     ) -> None:
         layout = layout_of(settings, columns)
-        self._fs, _ = _file_system(settings.path)
+        self._fs, _ = file_system(settings.path)
         self._columns, self._looked_at, self._id = layout.columns, layout.looked_at, layout.id
         self.opened = opened or _open_all(settings, layout, own_output)
         self._shards = {shard.path: shard for shard in self.opened.shards}
@@ -235,7 +235,7 @@ class _Cursor:
         if batch is None:
             raise SourceError(
                 f"{on_one_line(self.shard.path)} ends at row {self.next_row}, before its footer says.",
-                hint=_REPLACE,
+                hint=REPLACE,
             )
         piece = _fitting(batch.slice(0, num_rows), self._looked_at)
         rest = batch.slice(piece.num_rows)
@@ -356,7 +356,8 @@ def _skipped(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.Re
 
 # ValueError and LookupError: names that are not UTF-8, and those that two places spell differently.
 _UNREADABLE = (OSError, ValueError, LookupError, ArithmeticError, pa.ArrowException, _UnreadableError)
-_REPLACE = "Replace the file, or move it away to go on with the others. What is committed stays."
+REPLACE = "Replace the file, or move it away to go on with the others. What is committed stays."
+_MEND = "Mend its permissions, or move it away to go on with the others. What is committed stays."
 _PUT_BACK = "Put the file back as it was and run this command again. What is committed stays."
 
 
@@ -367,38 +368,22 @@ def _reading(shard: str, where: str) -> Iterator[None]:
     except MemoryError:
         raise _MemoryNeededError(
             f"{on_one_line(shard)} cannot be read in {where}: that takes more memory than a file may.",
-            hint=_REPLACE,
+            hint=REPLACE,
         ) from None
     except FileNotFoundError:
         raise SourceError(f"{on_one_line(shard)} is gone since this run began.", hint=_PUT_BACK) from None
+    except PermissionError:
+        raise SourceError(f"{on_one_line(shard)} may not be read by this user.", hint=_MEND) from None
     except _UNREADABLE as error:
         raise SourceError(
-            f"{on_one_line(shard)} cannot be read in {where}: {first_line(error)}.", hint=_REPLACE
+            f"{on_one_line(shard)} cannot be read in {where}: {first_line(error)}.", hint=REPLACE
         ) from None
 
 
 def _open(fs: Any, path: str) -> Any:
-    # Arrow's own file spares a Python call for each read; a memory map would count as our memory.
-    return pa.OSFile(path) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
-
-
-def _file_system(pattern: str) -> tuple[Any, str]:
-    """The file system of *pattern* and the path in it; nothing is listed."""
-    try:
-        fs, path = fsspec.url_to_fs(pattern)
-    except (ValueError, ImportError) as error:
-        raise JobError(f"source.path {pattern} cannot be opened: {error}.") from None
-    except OSError as error:  # an archive that holds the files, say
-        raise SourceError(f"{pattern} cannot be opened: {first_line(error)}.") from None
-    return fs, path
-
-
-def is_local(settings: ParquetSettings) -> bool:
-    """Whether the files of *settings* lie on this machine."""
-    try:
-        return isinstance(_file_system(settings.path)[0], LocalFileSystem)
-    except Glm4vBatchError:
-        return False
+    # Arrow's own file spares a Python call for each read; a memory map would count as our memory. Of a name
+    # that is text it takes the UTF-8, whatever the system's names are in.
+    return pa.OSFile(os.fsencode(path)) if isinstance(fs, LocalFileSystem) else fs.open(path, "rb")
 
 
 def _open_all(settings: ParquetSettings, layout: Layout, own_output: Path | None) -> Opened:
@@ -408,86 +393,56 @@ def _open_all(settings: ParquetSettings, layout: Layout, own_output: Path | None
     return Opened(schema, [footer.shard for footer in footers], found)
 
 
-def find_files(settings: ParquetSettings, own_output: Path | None) -> tuple[Any, dict[str, str]]:
-    """The file system of `source.path`, and the files it finds there by the name that we call them.
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with a file, and what to do about it."""
 
-    Parts of *own_output* do not count: an output below its source would feed on itself. Raises
-    JobError for a path of no known kind, SourceError where there is nothing or it cannot be opened.
-    """
-    pattern = settings.path
-    fs, path = _file_system(pattern)
-    try:
-        found = [file for file in _expand(fs, path) if not _is_below(fs, file, own_output)]
-    except OSError as error:
-        raise SourceError(f"{pattern} cannot be listed: {first_line(error)}.") from None
-    if not found:
-        raise SourceError(
-            f"{pattern} finds no Parquet files.",
-            hint="source.path is a file, a glob, or a folder that holds *.parquet; it is relative to the "
-            "current folder.",
-        )
-    named = {_name(fs, file, pattern): file for file in found}
-    unnamed = [name for name in named if not _is_text(name)]
-    refuse([f"  {sanitise(name)} has a name that is not UTF-8: rename it" for name in unnamed])
-    return fs, dict(sorted(named.items()))
-
-
-def _is_text(name: str) -> bool:
-    # Python stands in half a surrogate pair for a byte of a file's name that is no text.
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _is_below(fs: Any, file: str, folder: Path | None) -> bool:
-    if folder is None or not isinstance(fs, LocalFileSystem):
-        return False
-    return Path(file).resolve().is_relative_to(folder.resolve())
-
-
-def _expand(fs: Any, path: str) -> list[str]:
-    if fs.isfile(path):
-        return [path]
-    if not fs.isdir(path):
-        return [file for file in fs.glob(path) if fs.isfile(file)]
-    # Names that begin with . or _ are other programs' state, our own output folders' among them.
-    below = [
-        (file, PurePosixPath(file[len(path) :]).parts) for file in fs.glob(f"{path.rstrip('/')}/**/*.parquet")
-    ]
-    visible = (file for file, parts in below if not any(part.startswith((".", "_")) for part in parts))
-    # Opening a FIFO would hang. Elsewhere there are only files, and asking for each costs a round trip.
-    return [file for file in visible if not isinstance(fs, LocalFileSystem) or fs.isfile(file)]
-
-
-def _name(fs: Any, path: str, pattern: str) -> str:
-    if not isinstance(fs, LocalFileSystem):
-        return str(fs.unstrip_protocol(path))
-    is_relative = "://" not in pattern and not pattern.startswith(("/", "~"))
-    return os.path.relpath(path) if is_relative else path
+    said: str
+    hint: str
 
 
 def _read_footers(fs: Any, found: dict[str, str]) -> list[_Footer]:
-    with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
-        read = list(threads.map(partial(_footer_or_fault, fs), found.values(), found.keys()))
-    refuse([fault for fault in read if isinstance(fault, str)])
+    read = _side_by_side(partial(_footer_or_fault, fs), found)
+    refuse([fault for fault in read if isinstance(fault, Fault)])
     return [footer for footer in read if isinstance(footer, _Footer)]
 
 
-def refuse(faults: Sequence[str]) -> None:
+def _side_by_side(
+    read: Callable[[str, str], _Footer | Fault], found: dict[str, str]
+) -> list[_Footer | Fault]:
+    try:
+        with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
+            return list(threads.map(read, found.values(), found.keys()))
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise PlacementError(
+            "The system starts no more threads, of which reading files takes some.",
+            hint="Raise the limit on processes (ulimit -u).",
+        ) from None
+
+
+def refuse(faults: Sequence[Fault]) -> None:
     """Raise one SourceError for the *faults* of all files, where there are any."""
     if faults:
-        raise SourceError("\n".join(["These files cannot be read as Parquet:", *faults]), hint=_REPLACE)
+        hints = dict.fromkeys(fault.hint for fault in faults)
+        raise SourceError(
+            "\n".join(["These files cannot be read as Parquet:", *(f"  {fault.said}" for fault in faults)]),
+            hint=" ".join(hints),
+        )
 
 
-def fault_of(fs: Any, path: str, name: str) -> str | None:
+def fault_of(fs: Any, path: str, name: str) -> Fault | None:
     """What is wrong with the footer of the file *path*, called *name*; None where nothing is."""
     read = _footer_or_fault(fs, path, name)
-    return read if isinstance(read, str) else None
+    return read if isinstance(read, Fault) else None
 
 
-def _footer_or_fault(fs: Any, path: str, name: str) -> _Footer | str:
+def _footer_or_fault(fs: Any, path: str, name: str) -> _Footer | Fault:
     try:
         return _read_footer(fs, path, name)
     except SourceError as error:
-        return f"  {error}"
+        return Fault(str(error), error.hint)
 
 
 def _read_footer(fs: Any, path: str, name: str) -> _Footer:

@@ -30,7 +30,8 @@ from glm4v_batch.errors import Glm4vBatchError, SourceError, on_one_line
 from glm4v_batch.job import ParquetSettings
 
 from . import RecordColumns
-from .parquet import Files, Opened, ParquetFiles, Piece, fault_of, find_files, is_local, refuse
+from .listing import find_files, is_local
+from .parquet import REPLACE, Fault, Files, Opened, ParquetFiles, Piece, fault_of, refuse
 
 _MEMORY_BYTES = 2 * 1024**3
 _OPEN_SECONDS = 3600.0
@@ -140,7 +141,7 @@ class Reader:
         except _LostError as lost:
             raise SourceError(
                 f"{on_one_line(path)} cannot be read at row {first_row}: {lost}.",
-                hint="Replace the file, or move it away to go on with the others. What is committed stays.",
+                hint=REPLACE,
             ) from None
         return Piece(pa.ipc.open_stream(stream).read_next_batch(), oversize_bytes)
 
@@ -151,7 +152,7 @@ class Reader:
             refuse(self._faults())
             raise SourceError(f"{self._setup.settings.path} cannot be read: {lost}.") from None
 
-    def _faults(self) -> list[str]:
+    def _faults(self) -> list[Fault]:
         """What is wrong with each file by itself, where they can be listed at all."""
         try:
             names: Sequence[str] = self._ask(_List(), _OPEN_SECONDS)
@@ -159,11 +160,11 @@ class Reader:
             return []
         return [fault for name in names if (fault := self._fault(name))]
 
-    def _fault(self, name: str) -> str | None:
+    def _fault(self, name: str) -> Fault | None:
         try:
-            return cast(str | None, self._ask(_Check(name), _ANSWER_SECONDS))
+            return cast(Fault | None, self._ask(_Check(name), _ANSWER_SECONDS))
         except _LostError as lost:
-            return f"  {name} cannot be read in its footer: {lost}."
+            return Fault(f"{name} cannot be read in its footer: {lost}.", REPLACE)
 
     def _ask(self, request: _Request, patience_seconds: float) -> Any:
         """The process's answer. Raises _LostError where it dies or hangs over *request* again and again."""
