@@ -4,16 +4,19 @@ Weights are safetensors and code is transformers' own: a folder that brings pick
 own Python instead is refused here, before anything of it is loaded.
 """
 
+import errno
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from glm4v_batch.errors import JobError
+from glm4v_batch.errors import JobError, on_one_line
 
 # glmga is GLM-4.6V's classes under another name. Its memory is measured first, not computed.
 MODEL_TYPES = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")
@@ -75,12 +78,21 @@ class StoredTensor:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read the folder's small files; everything that is missing or unusable is reported at once."""
-    if not folder.is_dir():
-        raise JobError(
-            f"{folder} is not a folder.", hint="Give model.name a checkpoint's folder or a Hub id."
-        )
-    found = _Findings(folder)
+    """Read the folder's small files; everything that is missing or unusable is reported at once.
+
+    Raises JobError for that. What the system refuses to show is told alone, because what else seems
+    to be missing may stand there.
+    """
+    with _reading(folder):
+        if not _is_folder(folder):
+            raise JobError(
+                f"{folder} is not a folder.", hint="Give model.name a checkpoint's folder or a Hub id."
+            )
+        return _read(_Findings(folder))
+
+
+def _read(found: "_Findings") -> Checkpoint:
+    folder = found.folder
     config = found.json("config.json")
     processor = found.image_processor()
     tokenizer_config = found.json("tokenizer_config.json", optional=True)
@@ -107,11 +119,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def locate(name: str, revision: str | None) -> Path:
-    """The folder of *name*: itself if it exists, else the Hub's snapshot, downloaded where missing."""
-    folder = Path(name).expanduser()
+    """The folder of *name*: itself if it exists, else the Hub's snapshot, downloaded where missing.
+
+    Raises JobError where neither can be had, or nobody may look whether the folder exists.
+    """
     try:
-        is_folder = folder.is_dir()
-    except OSError as error:  # too long, for one
+        folder = Path(name).expanduser()
+        is_folder = _is_folder(folder)
+    except RuntimeError:
+        raise JobError(f"model.name {name} begins with the home folder of an unknown user.") from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise _unreadable(folder, error) from None
         raise JobError(
             f"model.name cannot be looked up: {error.strerror}.", hint="Give a local folder or a Hub id."
         ) from None
@@ -131,6 +150,7 @@ def identity(checkpoint: Checkpoint) -> Mapping[str, str]:
     Weights count by the commit of a Hub snapshot. Those of another folder are hashed whole up to
     1 GiB; above, by each file's size and header and both ends (4 KiB) of every tensor in it. Training,
     merging or requantising a tensor changes these; an edit inside one tensor by hand may not.
+    Raises JobError where a file cannot be read.
     """
     files = {
         "config": "config.json",
@@ -140,16 +160,20 @@ def identity(checkpoint: Checkpoint) -> Mapping[str, str]:
         "tokenizer": "tokenizer.json",
         "tokenizer_config": "tokenizer_config.json",
     }
-    return {
-        "weights": f"commit {checkpoint.revision}" if checkpoint.revision else _hash_weights(checkpoint),
-        "chat_template": hashlib.sha256(checkpoint.chat_template.encode()).hexdigest(),
-        **{part: _hash_file(checkpoint.folder / name) for part, name in files.items()},
-    }
+    with _reading(checkpoint.folder):
+        return {
+            "weights": f"commit {checkpoint.revision}" if checkpoint.revision else _hash_weights(checkpoint),
+            "chat_template": hashlib.sha256(checkpoint.chat_template.encode()).hexdigest(),
+            **{part: _hash_file(checkpoint.folder / name) for part, name in files.items()},
+        }
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of the safetensors file *path* by name, from its header alone."""
-    with path.open("rb") as file:
+    """The tensors of the safetensors file *path* by name, from its header alone.
+
+    Raises JobError where it cannot be read.
+    """
+    with _reading(path), path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {
         name: StoredTensor(
@@ -170,14 +194,13 @@ class _Findings:
     def json(self, name: str, *, optional: bool = False) -> Mapping[str, Any]:
         """The object in the file, empty where it is missing or unusable."""
         path = self.folder / name
-        if optional and not path.is_file():
+        if not _is_file(path):
+            if not optional:
+                self.mistakes.append(f"has no {name}.")
             return {}
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            self.mistakes.append(f"has no {name}.")
-            return {}
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             self.mistakes.append(f"has a {name} that cannot be read: {error}.")
             return {}
         if not isinstance(content, dict):
@@ -187,7 +210,7 @@ class _Findings:
 
     def file(self, name: str) -> Path:
         path = self.folder / name
-        if not path.is_file():
+        if not _is_file(path):
             self.mistakes.append(f"has no {name}.")
         return path
 
@@ -249,8 +272,8 @@ class _Findings:
 
     def chat_template(self, tokenizer_config: Mapping[str, Any]) -> str:
         path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+        if _is_file(path):
+            return self._text(path)
         sections = [self.json("chat_template.json", optional=True), tokenizer_config]
         template = _first(sections, "chat_template")
         if isinstance(template, list):
@@ -260,10 +283,17 @@ class _Findings:
             return ""
         return template
 
+    def _text(self, path: Path) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            self.mistakes.append(f"has a {path.name} that is not UTF-8.")
+            return ""
+
     def weight_files(self) -> tuple[Path, ...]:
         index = self.json("model.safetensors.index.json", optional=True)
         names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        missing = [name for name in names if not _is_file(self.folder / name)]
         if missing and not index and self._has_pickles():
             self.mistakes.append(
                 "has its weights only as pickles (*.bin, *.pt), which can run code when they are opened. "
@@ -277,12 +307,56 @@ class _Findings:
         self.mistakes += [
             f"has a damaged weight file: {path.name} {fault}. Download it again."
             for path in paths
-            if path.is_file() and (fault := _weight_fault(path))
+            if _is_file(path) and (fault := _weight_fault(path))
         ]
         return paths
 
     def _has_pickles(self) -> bool:
         return any(next(self.folder.glob(pattern), None) for pattern in ("*.bin", "*.pt", "*.pth"))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what the system says against reading *path*, or what stands below it, into a JobError."""
+    try:
+        yield
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> JobError:
+    refused = on_one_line(str(error.filename or path))  # a read that breaks off names no file
+    hint = "Mend this, then run the same command again."
+    if isinstance(error, PermissionError):
+        hint = (
+            "Mend its permissions: this user has to read all files of the checkpoint and to enter the "
+            "folders that lead to them."
+        )
+    return JobError(f"The checkpoint {refused} cannot be read: {error.strerror or error}.", hint=hint)
+
+
+def _is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(_mode(path))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file stands at *path*. Raises OSError, which names the folder, where nobody may look."""
+    try:
+        return stat.S_ISREG(_mode(path))
+    except PermissionError as error:
+        # It takes no permission of the file's own to look at it, only those of the way there.
+        raise PermissionError(error.errno, error.strerror, str(path.parent)) from None
+
+
+def _mode(path: Path) -> int:
+    """The kind and permissions of what stands at *path*; 0 where nothing does, or nothing can.
+
+    Raises OSError where the system does not tell, which `Path.is_file` of Python 3.14 takes for a no.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: such as "\0" in the name
+        return 0
 
 
 def _both(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -347,8 +421,6 @@ def _weight_fault(path: Path) -> str:
         with path.open("rb") as file:
             header = file.read(min(size, int.from_bytes(file.read(8), "little")))
         expected = 8 + len(header) + max((end for _, end in _tensor_ranges(header)), default=0)
-    except PermissionError:
-        return "may not be read by this user"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "has no safetensors header"
     return "" if size == expected else f"has {size:,} bytes instead of {expected:,}"
@@ -362,7 +434,7 @@ def _hash_weights(checkpoint: Checkpoint) -> str:
 
 
 def _hash_file(path: Path) -> str:
-    if not path.is_file():
+    if not _is_file(path):
         return "none"
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -233,6 +233,18 @@ def test_revision_of_a_local_folder_is_refused(folder: Path) -> None:
         locate(str(folder), "main")
 
 
+def test_a_chat_template_that_is_no_text_is_named(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"caf\xe9")
+
+    with pytest.raises(JobError, match=r"has a chat_template\.jinja that is not UTF-8"):
+        read_checkpoint(folder)
+
+
+def test_the_home_of_an_unknown_user_is_a_mistake_of_the_job() -> None:
+    with pytest.raises(JobError, match=r"~nosuchuser/m begins with the home folder of an unknown user"):
+        locate("~nosuchuser/m", None)
+
+
 def test_local_folder_is_located_without_the_hub(folder: Path) -> None:
     assert locate(str(folder), None) == folder
 

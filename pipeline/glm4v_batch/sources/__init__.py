@@ -1,5 +1,6 @@
 """Where records come from: one `Source` for each kind of `source` in the job file."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,8 @@ def check_columns(source_columns: Sequence[str], asked: Mapping[str, Sequence[st
 def check_root(source: Source, image_column: str) -> None:
     """Refuse image paths without a folder to look them up in: every row would fail.
 
-    Raises JobError where `source.root` is not set, SourceError where it is no folder.
+    Raises JobError where `source.root` is not set, SourceError where it is no folder or one that this
+    user may not enter.
     """
     if not _holds_text(source.schema.field(image_column).type):
         return
@@ -119,11 +121,28 @@ def check_root(source: Source, image_column: str) -> None:
             "source.root is not set.",
             hint="Set source.root to the folder below which they stand, or name another column.",
         )
-    if not Path(source.root).is_dir():
+    trouble, hint = _trouble_of_root(source.root)
+    if trouble:
         raise SourceError(
-            f"source.root {source.root} is not a folder, and the column {image_column} holds paths below it.",
-            hint="Mount it, or correct source.root.",
+            f"source.root {source.root} {trouble}, and the column {image_column} holds paths below it.",
+            hint=hint,
         )
+
+
+def _trouble_of_root(root: str) -> tuple[str, str]:
+    """What keeps images below *root* from being looked up, and what to do; both empty where nothing does."""
+    try:
+        # With the dot it has to be a folder and let this user in. `Path` would drop it, and its `is_dir`
+        # raises what refuses until Python 3.13 and hides it from 3.14 on.
+        os.stat(os.path.join(root, "."))  # noqa: PTH116, PTH118
+    except (FileNotFoundError, NotADirectoryError):
+        return "is not a folder", "Mount it, or correct source.root."
+    except PermissionError as error:
+        hint = "Mend its permissions: this user has to enter it and the folders that lead to it."
+        return f"cannot be entered: {error.strerror}", hint
+    except OSError as error:
+        return f"cannot be looked up: {error.strerror}", "Mend this, or correct source.root."
+    return "", ""
 
 
 def check_prompt(schema: "pa.Schema", columns: Sequence[str]) -> None:
