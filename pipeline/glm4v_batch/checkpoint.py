@@ -194,12 +194,13 @@ class _Findings:
     def json(self, name: str, *, optional: bool = False) -> Mapping[str, Any]:
         """The object in the file, empty where it is missing or unusable."""
         path = self.folder / name
-        if not _is_file(path):
-            if not optional:
-                self.mistakes.append(f"has no {name}.")
+        if not _is_file(path) and optional:
             return {}
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            self.mistakes.append(f"has no {name}.")
+            return {}
         except ValueError as error:
             self.mistakes.append(f"has a {name} that cannot be read: {error}.")
             return {}

@@ -1,12 +1,14 @@
 """The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
 
+import io
 import os
+import select
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import click
 
@@ -15,6 +17,8 @@ from glm4v_batch.errors import Glm4vBatchError, printable
 from glm4v_batch.interruption import SignalledError, ended_by_signals, let_the_next_one_end_it
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
     from glm4v_batch.asked import Asked
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -23,8 +27,13 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 class _Commands(click.Group):
     """Turns the errors that users meet into a message and an exit code, in this one place."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """As click's, on streams that may be closed, full or read by nobody: help and usage errors too."""
         _open_closed_streams()
+        sys.stdout, sys.stderr = _undemanding(sys.stdout, 1), _undemanding(sys.stderr, 2)
+        return super().main(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             # From the first import: what Ctrl-C raises there may come wrapped, or not at all.
             with ended_by_signals():
@@ -73,15 +82,34 @@ def _open_closed_streams() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
+class _Undemanding(io.FileIO):
+    """A standard stream whose reader may be gone, or its disk full: what it does not take is dropped."""
+
+    def write(self, data: "ReadableBuffer") -> int:
+        """Write of *data* what is taken, and pass over the rest: how many bytes are done with."""
+        try:
+            # None, of which the stubs do not know, where a non-blocking stream's reader is slow.
+            while (num_written := cast(int | None, super().write(data))) is None:
+                select.select([], [self], [])
+        except OSError:
+            return memoryview(data).nbytes
+        return num_written
+
+
+def _undemanding(stream: TextIO, number: int) -> TextIO:
+    """*stream*, of descriptor *number*, such that the exit code says what it has to although nobody reads.
+
+    Caught where something is printed, an error would come again: the interpreter flushes at its end.
+    What a program has put in the place of its standard streams stays as it is.
+    """
+    if stream not in (sys.__stdout__, sys.__stderr__):
+        return stream
+    buffer = io.BufferedWriter(_Undemanding(number, "w", closefd=False))
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+
+
 def _say(text: str, *, err: bool = False) -> None:
-    """Print *text*. Where nobody reads it, or its disk is full, the exit code still says what it has to."""
-    try:
-        click.echo(printable(text), err=err)
-    except OSError:
-        # Or the interpreter, which flushes at its end, would fail over it once more.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2 if err else 1)
-        os.close(nowhere)
+    click.echo(printable(text), err=err)
 
 
 _job_file = click.argument("job_file", metavar="JOB", type=click.Path(path_type=Path))

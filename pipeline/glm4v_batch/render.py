@@ -214,12 +214,12 @@ def outcome_as_text(outcome: "Outcome", resume: str) -> str:
     """What `run` prints at its end; *resume* is the command that goes on."""
     report, plan = outcome.report, outcome.plan
     rows, folder = report["rows"], plan.opened.job.output.path
-    total = plan.num_committed + (rows["committed"] if plan.retries is None else 0)
     if outcome.reason is not None:
-        done = f"{total:,} of {_rows(plan.num_rows)} are committed in {folder}."
-        return "\n".join([f"{_what_stopped(outcome.reason)} {done}", *_how_to_go_on(outcome, resume)])
+        stopped = f"{_what_stopped(outcome.reason)} {_how_far(plan, rows['committed'])}"
+        return "\n".join([stopped, *_how_to_go_on(outcome, resume)])
     if plan.retries is not None:
         return "\n".join(_retried_lines(plan, report, outcome.num_failed))
+    total = plan.num_committed + rows["committed"]
     if not rows["committed"]:
         return _nothing_to_do(plan, total, outcome.num_failed)
     speed = f"{format_seconds(report['seconds'])}, {report['rows_per_second']:.1f} rows/s"
@@ -240,6 +240,14 @@ def _what_stopped(reason: "Reason") -> str:
             return f"Out of time: the run was to end by {reason.deadline:%Y-%m-%d %H:%M:%S %z}."
     codes = ", ".join(f"{count:,} × {code}" for code, count in reason.codes.items())
     return f"Stopped: {reason.num_failed:,} of the last {reason.num_records:,} records failed ({codes})."
+
+
+def _how_far(plan: "Plan", num_committed: int) -> str:
+    folder = plan.opened.job.output.path
+    if plan.retries is not None:
+        again = format_count(plan.retries.num_rows, "failed row")
+        return f"{num_committed:,} of {again} in {folder} were done again."
+    return f"{plan.num_committed + num_committed:,} of {_rows(plan.num_rows)} are committed in {folder}."
 
 
 def _how_to_go_on(outcome: "Outcome", resume: str) -> Iterator[str]:

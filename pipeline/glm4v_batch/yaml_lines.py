@@ -102,22 +102,36 @@ def set_value(document: Document, option: str, maps: Collection[Location] = ()) 
 def option_value(text: str, *, may_be_map: bool = False) -> Any:
     """The value of an option: a number, true, false, null, a [list] or "quoted text" is read as YAML.
 
-    So is a {map} where that is asked for. Everything else is text as it stands, so that a prompt with a
-    colon, # or {column} needs no quotes.
+    So is a {map} where that is asked for, and nothing at all is null. Everything else is text as it stands,
+    so that a prompt with a colon, # or {column} needs no quotes, nor one that begins with # or a dash.
     """
     text = text.strip()
+    if not text:
+        return None
     try:
         node = _Loader(text).get_single_node()
     except yaml.YAMLError:
         return text
-    if node is None:
-        return None
-    is_bare_text = isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}str" and node.style is None
-    if is_bare_text or (isinstance(node, yaml.MappingNode) and not may_be_map):
+    if node is None or not _is_all_of(text, node) or _is_text(node, may_be_map=may_be_map):
         return text
     document = Document({}, {}, [])
     value = _value(node, (), document)
     return text if document.mistakes else value
+
+
+def _is_all_of(text: str, node: yaml.Node) -> bool:
+    """Whether *text* is *node* and no more: a comment, say, would be lost."""
+    return (node.start_mark.index, node.end_mark.index) == (0, len(text))
+
+
+def _is_text(node: yaml.Node, *, may_be_map: bool) -> bool:
+    match node:
+        case yaml.ScalarNode():
+            return node.tag == f"{_TAG}str" and node.style is None
+        case yaml.SequenceNode():
+            # No setting takes a list of maps: [{title}] is a prompt.
+            return not (node.flow_style and all(isinstance(item, yaml.ScalarNode) for item in node.value))
+    return not may_be_map
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,16 +1,20 @@
 """What a person at the command line meets: quick answers, mistakes explained, exit codes."""
 
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from glm4v_batch.job import read_job
 from tests.conftest import MakeSource
-from tests.e2e.command import MODEL, ROOT, command, run_command, write_job
+from tests.e2e.command import MODEL, ROOT, command, run_command, wait_until, write_job
 
 FIVE_MISTAKES = """\
 name: test
@@ -251,6 +255,59 @@ def test_an_answer_that_cannot_be_printed_changes_no_exit_code(
         )
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(params=["full disk", "closed pipe"])
+def unread(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A descriptor that takes nothing."""
+    if request.param == "full disk":
+        number = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, number = os.pipe()
+        os.close(reading)
+    yield number
+    os.close(number)
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code"),
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("run --help", 0),
+        ("nosuch", 2),
+        ("run jobs/caption.yaml --nosuch", 2),
+        ("run jobs/caption.yaml --retry-failed=nosuch", 2),
+    ],
+)
+def test_help_version_and_usage_errors_that_nobody_reads_keep_their_exit_codes(
+    words: str, exit_code: int, unread: int
+) -> None:
+    done = subprocess.run(
+        command(*words.split()), stdout=unread, stderr=unread, timeout=60, cwd=ROOT, check=False
+    )
+
+    assert done.returncode == exit_code
+
+
+def num_bytes_in(pipe: int) -> int:
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def test_a_reader_that_is_slow_gets_the_whole_answer() -> None:
+    whole = run_command("schema").stdout
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(writing, False)
+
+    with os.fdopen(reading) as read_end:
+        process = subprocess.Popen(command("schema"), stdout=writing, cwd=ROOT)
+        os.close(writing)
+        wait_until(process, lambda: num_bytes_in(reading) == 4096)
+        heard = read_end.read()
+
+    assert len(whole) > 4096
+    assert (process.wait(60), heard) == (0, whole)
 
 
 def test_no_name_reaches_a_terminal_unescaped(tmp_path: Path, make_source: MakeSource) -> None:

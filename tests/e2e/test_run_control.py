@@ -149,6 +149,20 @@ def test_a_deadline_that_has_passed_does_nothing_and_says_so(tmp_path: Path, mak
     assert not (tmp_path / "out").exists()
 
 
+def test_a_retry_that_is_out_of_time_says_that_failed_rows_are_left(
+    tmp_path: Path, make_source: MakeSource
+) -> None:
+    job = write_job(tmp_path / "job.yaml", make_source(12, broken=(1, 4, 7, 10)), tmp_path / "out")
+    run_command("run", job)
+
+    ended = run_command("run", job, "--retry-failed", "--until", "2020-01-01T00:00")
+
+    assert ended.returncode == 143, ended.stderr
+    told, resume = ended.stdout.splitlines()
+    assert told.endswith(f" 0 of 4 failed rows in {tmp_path / 'out'} were done again.")
+    assert resume == f"Resume with: glm4v-batch run {job} --retry-failed"
+
+
 def test_a_finished_job_has_no_deadline(tmp_path: Path, make_source: MakeSource) -> None:
     job = write_job(tmp_path / "job.yaml", make_source(10), tmp_path / "out")
     run_command("run", job)
