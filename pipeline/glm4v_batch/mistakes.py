@@ -85,7 +85,7 @@ def _predicate(details: ErrorDetails, location: Location, parents: Models, root:
 
 def _quoting(details: ErrorDetails) -> str:
     kind, value = details["type"], details["input"]
-    if kind == "string_type" and (_is_plain(value) or isinstance(value, dict)):
+    if kind == "string_type" and (_is_plain(value) or isinstance(value, (dict, list))):
         return ". Put it in quotes"
     if kind in ("int_type", "float_type") and isinstance(value, str) and _NUMBER.fullmatch(value):
         return ". Take its quotes away"

@@ -157,6 +157,7 @@ output:
             ("line 1: name must be letters, digits, dots, - and _ only, 64 at most, not my job"),
         ),
         ("name: caption", "name: 12", "line 1: name must be text, not 12. Put it in quotes"),
+        ("name: caption", "name: [a]", "line 1: name must be text, not a list. Put it in quotes"),
         ("name: data/tiny-glm4v", 'name: ""', "line 8: model.name must not be empty"),
         ("output:", "outputs:", "line 1: output is missing"),
         (
