@@ -31,7 +31,7 @@ _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _UNKNOWN_CODE = 255
 # What a child ends with where the program that started it would have it start children while it imports.
 _UNGUARDED_CODE = 117
-# How many fork servers may be killed over one child, and how long one that dies still seems alive.
+# How many fork servers may end over one child, and how long one that dies still seems alive.
 _FORK_SERVERS = 5
 _DYING_SECONDS = 0.05
 # What the fork server imports once, so that the child which replaces a lost one starts at once.
@@ -77,7 +77,7 @@ class Child:
     def _start_by_some_server(
         self, target: Callable[..., None], arguments: tuple[Any, ...], name: str
     ) -> None:
-        """Start the process; where its fork server is killed over it, by the next one."""
+        """Start the process; where its fork server ends over it, by the next one."""
         for _ in range(_FORK_SERVERS):
             try:
                 return self._start(target, arguments, name)
@@ -87,22 +87,21 @@ class Child:
                 lost = error
                 time.sleep(_DYING_SECONDS)
         raise PlacementError(
-            f"The process {name} cannot be started: what starts it was killed {_FORK_SERVERS} times.",
-            hint="The kernel does that where memory runs out, and tells by dmesg.",
+            f"The process {name} cannot be started: what starts it was killed or ended "
+            f"{_FORK_SERVERS} times.",
+            hint="The kernel kills it where memory runs out, and tells by dmesg. It ends at once where this "
+            f"user may not run the Python interpreter, {sys.executable}.",
         ) from lost
 
     def _start(self, target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> None:
-        context = _context()
         with _refusing(name):
+            context = _context()  # whose modules are files to open too
             self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, target, arguments), name=name, daemon=True)
         # A signal may end this process as soon as it is let in: what the child's end needs is done by then.
-        with _signals_blocked():
-            try:
-                with _refusing(name):
-                    self._process.start()
-            finally:
-                theirs.close()  # or the child's death would not end the pipe
+        # Theirs is closed here, or the child's death would not end the pipe.
+        with _refusing(name), theirs, _signals_blocked():
+            self._process.start()
             # At exit multiprocessing asks daemons to end by SIGTERM, which they ignore, and waits for them.
             Finalize(self, self._process.kill, exitpriority=10)
 

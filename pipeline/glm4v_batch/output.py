@@ -28,6 +28,7 @@ from glm4v_batch.parts import (
     STATE_FOLDER,
     Part,
     PartInfo,
+    check_name,
     check_room,
     commit,
     differing_keys,
@@ -68,13 +69,15 @@ class Lock:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Lock]:
-    """Hold *folder*, made if need be, for this process. Raises OutputLockedError where another has it.
+    """Hold *folder*, made if need be, for this process.
 
     The lock is the kernel's and goes with the process, so that kill -9 leaves none behind. What is
     listed in *folder* from here on is durable: a run that died may have left a name in memory only.
     A folder that was made for it goes again where no work was begun: the job may turn out to be wrong.
+    Raises OutputLockedError where another run has it, OutputError where it cannot be named or written.
     """
     end_while_importing()  # or the program's own run would refuse it, in the child, and seem to be another's
+    check_name(folder)
     with refusing(folder):
         is_new = not folder.exists()
     descriptor = _open_lock(folder)
@@ -166,9 +169,17 @@ def _remove_leftovers(folder: Path) -> None:
     _refuse_link(temporary)
     for path in temporary.iterdir():
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            _remove_tree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _remove_tree(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        # It names what is inside by its last name alone, which says nothing from here.
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def offload_folder(folder: Path, replica: int) -> Path:

@@ -4,7 +4,6 @@ Nothing about the file is trusted: it may be a pipe, another program's, or made 
 is streamed, and within a limit on the memory of this process that holds while parts are read.
 """
 
-import os
 import resource
 import stat
 from collections import Counter
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from glm4v_batch.durable import open_regular
 from glm4v_batch.errors import OutputError, first_line, on_one_line, sanitise
 from glm4v_batch.failure_codes import FailureCode, Stage
 from glm4v_batch.output import fingerprint
@@ -156,7 +156,7 @@ def _check(path: Path) -> PartCheck:
         limit = format_bytes(_MEMORY_BYTES)
         what = f"{_shown(path)} takes more memory to read than any part does: over {limit}."
         reading.faults.append(Fault("unreadable", path.name, what, _MOVE_AWAY))
-    except (OSError, UnicodeError, pa.ArrowException, _UnusableError) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException, _UnusableError) as error:
         what = f"{_shown(path)} is damaged: {first_line(error, with_quotes=True)}."
         # Arrow's own finding has no number; the system's trouble has.
         todo = _MEND_DISK if getattr(error, "errno", None) else _MOVE_AWAY
@@ -216,7 +216,8 @@ class _Reading:
             self._add(f"is named otherwise than its footer says, which makes it {name}")
         if fingerprint(info.settings) != info.fingerprint:
             self._add("has a fingerprint that is not that of the settings in its footer")
-        with pa.OSFile(os.fspath(self._path)) as file:
+        # Not by its name, which Arrow would look up in UTF-8 whatever the disk has.
+        with open_regular(self._path) as opened, pa.PythonFile(opened) as file:
             self._read_rows(file)
 
     def _read_rows(self, file: pa.NativeFile) -> None:

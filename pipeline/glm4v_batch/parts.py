@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +27,7 @@ from glm4v_batch.durable import (
     discard,
     free_bytes,
     is_regular,
+    open_regular,
     publish,
     sync_folder,
     write_synced,
@@ -217,9 +219,43 @@ def refusing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{folder} cannot be written: {error.strerror or error}.",
+            f"{_at_fault(folder, error)} cannot be written: {error.strerror or error}.",
             hint=f"{_what_to_do(error.errno)} {_GO_ON}",
         ) from error
+
+
+def _at_fault(folder: Path, error: OSError) -> Path:
+    """What refused: *folder*, or what *error* names of that which is hidden in it.
+
+    Where it is for want of permission, that is the first that this user may not write of what *error*
+    names and of the folders above that.
+    """
+    named = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
+    if error.errno in (errno.EACCES, errno.EPERM):
+        above = (path for name in named for path in (name, *name.absolute().parents))
+        closed = (path for path in above if os.path.lexists(path) and not _may_write(path))
+        named = [*islice(closed, 1), *named]
+    elif len(named) > 1:
+        return folder  # to give a file its name is the disk's to do, and no file refuses it
+    # A file that is still to be made has refused nothing: its disk has, or its folder is gone.
+    return next(filter(os.path.lexists, named), folder)
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=True)
+
+
+def check_name(folder: Path) -> None:
+    """Raise OutputError where the locale's encoding of file names cannot express that of *folder*."""
+    try:
+        os.fsencode(folder)
+    except UnicodeEncodeError as error:
+        lacking = error.object[error.start : error.end]
+        raise OutputError(
+            f"{folder} cannot be looked for: the encoding of file names under this locale, "
+            f"{sys.getfilesystemencoding()}, has no {lacking}.",
+            hint="Set a locale of UTF-8 (LC_ALL=C.UTF-8), or choose another output.path.",
+        ) from None
 
 
 def _what_to_do(number: int | None) -> str:
@@ -279,6 +315,7 @@ def list_parts(folder: Path) -> list[Part]:
 
 
 def _part_paths(folder: Path) -> list[Path]:
+    check_name(folder)
     try:
         names = sorted(path.name for path in folder.iterdir())  # glob takes an unreadable folder for empty
     except FileNotFoundError:
@@ -306,8 +343,8 @@ def _refuse_overlaps(parts: Sequence[Part]) -> None:
 
 def read_part(path: Path) -> Part:
     """What the footer of *path* says. Raises OutputError where it is damaged or not ours."""
-    with _damage_of(path):
-        metadata = pq.read_metadata(path)
+    with _reading(path) as file:
+        metadata = pq.read_metadata(file)
     footer = (metadata.metadata or {}).get(FOOTER_KEY)
     if footer is None:
         raise OutputError(f"{path.name} was not written by glm4v-batch")
@@ -345,10 +382,11 @@ def failed_rows(part: Part) -> list[tuple[int, str]]:
 def _opened(part: Part) -> Iterator[pq.ParquetFile]:
     try:
         with (
-            _damage_of(part.path),
-            pq.ParquetFile(part.path, page_checksum_verification=True) as file,
+            _reading(part.path) as file,
+            # What is read ahead would be read beside this thread, and on after a page is found damaged.
+            pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as parquet,
         ):
-            yield file
+            yield parquet
     except OutputError as error:
         if error.hint:  # an obstacle, not damage
             raise
@@ -359,16 +397,20 @@ def _opened(part: Part) -> Iterator[pq.ParquetFile]:
 
 
 @contextmanager
-def _damage_of(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading *path* into an OutputError, which has a hint if it is no damage."""
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """The file *path*, opened; what goes wrong is an OutputError, which has a hint if it is no damage.
+
+    Arrow is given this and never a name, which it would look up in UTF-8 whatever the disk has.
+    """
     try:
         # Opening a pipe would wait for ever, and a link's target is nobody's to keep.
         if not is_regular(path):
             raise OutputError(
                 f"{on_one_line(path.name)} is damaged: it is a folder, a link or a pipe instead of a file"
             )
-        yield
-    except (OSError, UnicodeError, pa.ArrowException) as error:
+        with open_regular(path) as file:
+            yield file
+    except (OSError, MemoryError, UnicodeDecodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)
         if number is None:
             what = first_line(error, with_quotes=True)

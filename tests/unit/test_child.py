@@ -57,18 +57,42 @@ def test_a_fork_server_killed_while_it_is_asked_costs_no_child() -> None:
     assert fork_server() != server
 
 
-def test_fork_servers_that_are_killed_again_and_again_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+SCARCE = """
+import os, resource
+from glm4v_batch.child import Child
+from glm4v_batch.errors import PlacementError
+
+first_free = os.dup(0)
+os.close(first_free)
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for num_files in range(6):  # the pipe takes two, the tracker's pipe two more, and what waits for its exec too
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + num_files, most))
+    try:
+        Child(print, name="child")
+    except PlacementError as error:
+        print(error)
+"""
+
+
+def test_a_system_without_open_files_for_the_helpers_of_multiprocessing_is_told() -> None:
+    done = subprocess.run([sys.executable, "-c", SCARCE], cwd=ROOT, capture_output=True, text=True)
+
+    refusal = "The process child cannot be started: Too many open files."
+    assert (done.stdout.splitlines(), done.stderr) == ([refusal] * 6, "")
+
+
+def test_fork_servers_that_end_again_and_again_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(_: object) -> None:
         raise EOFError  # as multiprocessing does then
 
     monkeypatch.setattr(ForkServerProcess, "start", start)
     num_open = len([*Path("/proc/self/fd").iterdir()])
 
-    with pytest.raises(
-        PlacementError, match="glm4v-decoder cannot be started: what starts it was killed 5 times"
-    ):
+    with pytest.raises(PlacementError, match=r"glm4v-decoder .* was killed or ended 5 times") as refusal:
         Child(print, name="glm4v-decoder")
 
+    assert "dmesg" in refusal.value.hint
+    assert sys.executable in refusal.value.hint
     assert len([*Path("/proc/self/fd").iterdir()]) == num_open
 
 

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -273,6 +275,55 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None
     (tmp_path / "file").write_text("in the way")
 
     with pytest.raises(OutputError, match="file is not a folder"), locked(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_folder_whose_name_the_locale_cannot_express_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the encoding of file names under this locale"):
+        locked(tmp_path / "out\ud800").__enter__()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def folder_of_a_user() -> Iterator[Path]:
+    """A folder of the user that this process is meanwhile: not root, whom no permission keeps out."""
+    user = os.geteuid()
+    with TemporaryDirectory() as made:
+        if user == 0:
+            os.chown(made, 12345, -1)
+            os.seteuid(12345)
+        try:
+            yield Path(made)
+        finally:
+            os.seteuid(user)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("lock", 0o444), ("tmp", 0o555), ("tmp/stale", 0o555), ("", 0o555), ("", 0)]
+)
+def test_what_may_not_be_written_is_named_though_it_is_hidden_in_a_folder_that_may(
+    name: str, mode: int
+) -> None:
+    with folder_of_a_user() as folder:
+        (folder / STATE_FOLDER / "tmp" / "stale" / "file").mkdir(parents=True)
+        (folder / STATE_FOLDER / "lock").touch()
+        closed = folder / STATE_FOLDER / name
+        closed.chmod(mode)
+
+        with pytest.raises(OutputError) as caught, locked(folder):
+            describe(folder, {"name": "caption"}, SETTINGS)
+
+        closed.chmod(0o700)
+    assert str(caught.value) == f"{closed} cannot be written: Permission denied."
+    assert caught.value.hint.startswith("Mend its permissions.")
+
+
+def test_a_folder_in_place_of_the_lock_file_is_named(tmp_path: Path) -> None:
+    lock = tmp_path / STATE_FOLDER / "lock"
+    lock.mkdir(parents=True)
+
+    with pytest.raises(OutputError, match=f"^{lock} cannot be written: Is a directory"), locked(tmp_path):
         pass
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -145,6 +146,24 @@ def test_a_part_that_cannot_be_read_just_now_is_not_called_damaged(folder: Path)
 
     assert "Too many open files" in str(caught.value)
     assert "ulimit" in caught.value.hint
+
+
+def test_a_folder_whose_name_is_not_utf8_takes_parts_and_gives_them_back_whole(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"o\xfcx")
+    (odd / STATE_FOLDER / "tmp").mkdir(parents=True)
+
+    part = commit(odd, with_failures(), info(num_failed=2))
+
+    assert list_parts(odd) == [part]
+    assert read_rows(part).equals(with_failures())
+    assert failed_rows(part) == [(0, "image_missing"), (2, "image_invalid")]
+
+
+def test_a_folder_whose_name_the_locale_cannot_express_is_refused_for_that(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=rf"the encoding .*, {sys.getfilesystemencoding()}, has no") as e:
+        list_parts(tmp_path / "out\ud800")
+
+    assert "LC_ALL=C.UTF-8" in e.value.hint
 
 
 def test_a_part_that_the_disk_has_no_room_for_is_refused_with_the_numbers(folder: Path) -> None:

@@ -125,6 +125,15 @@ def test_a_row_that_contradicts_itself_or_the_footer_is_a_fault(folder: Path, wh
     assert {fault.kind for fault in verdict.faults} == {"inconsistent"}
 
 
+def test_a_sound_folder_whose_name_is_not_utf8_is_proven(folder: Path) -> None:
+    write(folder, rows_of(0, 3))
+    write(folder, rows_of(3, 6))
+
+    verdict = verify(folder.rename(folder.with_name(os.fsdecode(b"o\xfcx"))))
+
+    assert (verdict.exit_code, verdict.faults, verdict.num_parts) == (0, (), 2)
+
+
 def test_wrong_rows_of_one_kind_are_one_fault_with_their_number(folder: Path) -> None:
     rows = [{**each, "text": None} for each in rows_of(0, 9000)]
     write(folder, rows, row_group_size=5000)
