@@ -84,7 +84,7 @@ class Child:
             except (EOFError, ConnectionError) as error:
                 # What the dead one may have started after all meets the end of its pipe.
                 self.pipe.close()
-                lost = error
+                lost = error.with_traceback(None)  # which would keep the dead one's files open
                 time.sleep(_DYING_SECONDS)
         raise PlacementError(
             f"The process {name} cannot be started: what starts it was killed or ended "

@@ -28,7 +28,10 @@ class _Commands(click.Group):
     """Turns the errors that users meet into a message and an exit code, in this one place."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        """As click's, on streams that may be closed, full or read by nobody: help and usage errors too."""
+        """As click's, on streams that may be closed, full or read by nobody: help and usage errors too.
+
+        For a process of its own: what it does with the streams and with signals is not undone.
+        """
         _open_closed_streams()
         sys.stdout, sys.stderr = _undemanding(sys.stdout, 1), _undemanding(sys.stderr, 2)
         return super().main(*arguments, **options)
@@ -105,7 +108,8 @@ def _undemanding(stream: TextIO, number: int) -> TextIO:
     if stream not in (sys.__stdout__, sys.__stderr__):
         return stream
     buffer = io.BufferedWriter(_Undemanding(number, "w", closefd=False))
-    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+    is_told_at_once = stream.line_buffering or cast(io.TextIOWrapper, stream).write_through
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=is_told_at_once)
 
 
 def _say(text: str, *, err: bool = False) -> None:

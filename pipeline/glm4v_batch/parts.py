@@ -228,11 +228,11 @@ def _at_fault(folder: Path, error: OSError) -> Path:
     """What refused: *folder*, or what *error* names of that which is hidden in it.
 
     Where it is for want of permission, that is the first that this user may not write of what *error*
-    names and of the folders above that.
+    names and of its folder.
     """
     named = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
     if error.errno in (errno.EACCES, errno.EPERM):
-        above = (path for name in named for path in (name, *name.absolute().parents))
+        above = (path for name in named for path in (name, name.absolute().parent))
         closed = (path for path in above if os.path.lexists(path) and not _may_write(path))
         named = [*islice(closed, 1), *named]
     elif len(named) > 1:
@@ -242,7 +242,8 @@ def _at_fault(folder: Path, error: OSError) -> Path:
 
 
 def _may_write(path: Path) -> bool:
-    return os.access(path, os.W_OK, effective_ids=True)
+    needed = os.W_OK | os.X_OK if path.is_dir() else os.W_OK
+    return os.access(path, needed, effective_ids=True)
 
 
 def check_name(folder: Path) -> None:
@@ -410,7 +411,13 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
             )
         with open_regular(path) as file:
             yield file
-    except (OSError, MemoryError, UnicodeDecodeError, pa.ArrowException) as error:
+    except MemoryError:
+        raise OutputError(
+            f"{on_one_line(str(path))} cannot be read: that takes more memory than there is.",
+            hint="Free memory and run the same command again. If that does not help, the part is damaged: "
+            "move it out of the folder, and its rows are done again.",
+        ) from None
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)
         if number is None:
             what = first_line(error, with_quotes=True)

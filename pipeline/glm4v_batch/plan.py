@@ -16,7 +16,7 @@ from glm4v_batch.forecast import Forecast, make_forecast
 from glm4v_batch.images import ImageLimits, with_pixel_limits
 from glm4v_batch.job import Job
 from glm4v_batch.output import committed_parts, fingerprint
-from glm4v_batch.parts import Part, gaps
+from glm4v_batch.parts import Part, check_name, gaps
 from glm4v_batch.preprocess import PreprocessSettings
 from glm4v_batch.retry import Retries, find_retries
 from glm4v_batch.sources import (
@@ -157,8 +157,10 @@ def _end(shard: Shard) -> int:
 def open_job(job: Job) -> OpenJob:
     """Find the job's source and checkpoint and check that its columns exist.
 
-    Raises JobError for columns that no one has, SourceError for a source that cannot be read.
+    Raises JobError for columns that no one has, SourceError for a source that cannot be read, OutputError
+    for an output whose name the locale cannot express.
     """
+    check_name(Path(job.output.path))
     prompt_columns, own_columns = columns_of(job.prompt.user), job.generation.own_columns
     columns = RecordColumns(tuple(dict.fromkeys(prompt_columns + own_columns)), job.output.columns)
     source = open_source(job.source, columns, own_output=Path(job.output.path))

@@ -1,5 +1,6 @@
 """Child processes: their helpers outlive a terminal's signals, and nothing of an ended one is left."""
 
+import gc
 import os
 import re
 import signal
@@ -21,7 +22,6 @@ from tests.e2e.command import ROOT, write_job
 TWICE = """
 import os, signal, sys, time
 from glm4v_batch.child import Child
-from glm4v_batch.errors import PlacementError
 
 def child():
     made = Child(print, name="child")  # ends at once: what outlives it is the fork server and the tracker
@@ -86,6 +86,7 @@ def test_fork_servers_that_end_again_and_again_are_told(monkeypatch: pytest.Monk
         raise EOFError  # as multiprocessing does then
 
     monkeypatch.setattr(ForkServerProcess, "start", start)
+    gc.collect()  # or what earlier tests have left may be closed meanwhile
     num_open = len([*Path("/proc/self/fd").iterdir()])
 
     with pytest.raises(PlacementError, match=r"glm4v-decoder .* was killed or ended 5 times") as refusal:

@@ -300,7 +300,8 @@ def folder_of_a_user() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("lock", 0o444), ("tmp", 0o555), ("tmp/stale", 0o555), ("", 0o555), ("", 0)]
+    ("name", "mode"),
+    [("lock", 0o444), ("tmp", 0o555), ("tmp/stale", 0o555), ("", 0o555), ("", 0o600), ("", 0)],
 )
 def test_what_may_not_be_written_is_named_though_it_is_hidden_in_a_folder_that_may(
     name: str, mode: int

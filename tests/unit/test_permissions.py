@@ -17,6 +17,7 @@ from glm4v_batch.checkpoint import identity, locate, read_checkpoint, stored_ten
 from glm4v_batch.errors import JobError, SourceError
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.sources import RecordColumns, Source, check_root, open_source
+from glm4v_batch.sources.dataset import _is_here
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-glm4v"
 NOBODY = 65534
@@ -46,6 +47,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def model() -> Path:
     return Path(shutil.copytree(TINY, "above/model"))
+
+
+def test_a_data_set_that_nobody_may_look_for_is_not_called_missing() -> None:
+    Path("above/saved").mkdir(parents=True)
+
+    with closed(Path("above")):
+        assert _is_here("above/saved")
+    assert not _is_here("above/other")
+    assert _is_here("x" * 300)  # the system says that the name is too long, and no more
 
 
 def refusal(path: Path | str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("pattern", ["", "/**/*.parquet", "/*/*.parquet", "/sub", "/sub/*"])
+@pytest.mark.parametrize("pattern", ["", "/**/*.parquet", "/*/*.parquet", "/s*/*.parquet", "/sub", "/sub/*"])
 def test_a_folder_that_may_not_be_listed_is_an_error(forbidden: Path, pattern: str) -> None:
     with pytest.raises(SourceError, match="sub cannot be listed: Permission denied") as caught:
         found(f"{forbidden.parent}{pattern}")
@@ -102,6 +103,13 @@ def test_a_folder_that_nobody_asks_for_may_be_forbidden(forbidden: Path) -> None
 
     assert found(forbidden.parent / "*.parquet") == [str(forbidden.parent / "a.parquet")]
     assert found(forbidden.parent) == [str(forbidden.parent / "a.parquet")]
+
+
+@pytest.mark.parametrize("pattern", ["t*/*.parquet", "t*/**", "[t]/b.parquet", "t*/**/b.*"])
+def test_a_pattern_looks_only_where_it_may_match(forbidden: Path, pattern: str) -> None:
+    touch(forbidden.parent, "t/b.parquet", "t/.b.parquet", "u/b.parquet")
+
+    assert found(forbidden.parent / pattern) == [str(forbidden.parent / "t" / "b.parquet")]
 
 
 def test_a_name_that_may_not_be_looked_at_is_not_called_missing(
@@ -138,11 +146,11 @@ def test_folders_that_are_links_are_not_entered_unless_they_are_named(here: Path
     assert found("s/again/*.parquet") == ["s/again/a.parquet"]
 
 
-def test_a_source_that_is_all_output_is_a_mistake_of_the_job(here: Path) -> None:
+def test_a_source_that_is_all_output_is_told_so(here: Path) -> None:
     touch(here, "s/a.parquet")
 
     for output in ("s", "."):
-        with pytest.raises(JobError, match="choose another output"):
+        with pytest.raises(SourceError, match=r"no files but those in output\.path"):
             found("s", Path(output))
 
 
@@ -156,7 +164,8 @@ def test_a_pattern_that_is_none_is_a_mistake_of_the_job(here: Path) -> None:
 @pytest.fixture
 def remote() -> Iterator[str]:
     memory = fsspec.filesystem("memory")
-    for name in ("a.parquet", "_x.parquet", "sub/b.parquet", ".tmp/c.parquet"):
+    for name in ("a_b.parquet", "_x.parquet", "sub/b.parquet", ".tmp/c.parquet"):
+        memory.pipe(f"/listing/s[1]/{name}", b"")
         memory.pipe(f"/listing/s/{name}", b"")
     yield "memory://listing/s"
     memory.rm("/listing", recursive=True)
@@ -166,9 +175,29 @@ def test_elsewhere_the_same_names_are_found(remote: str) -> None:
     def names(path: str) -> list[str]:
         return [name.removeprefix("memory:///listing/s/") for name in found(path)]
 
-    assert names(remote) == names(f"{remote}/**/*.parquet") == ["a.parquet", "sub/b.parquet"]
-    assert names(f"{remote}/*.parquet") == names(f"{remote}/a.parquet") == ["a.parquet"]
+    assert names(remote) == names(f"{remote}/**/*.parquet") == ["a_b.parquet", "sub/b.parquet"]
+    assert names(f"{remote}/*.parquet") == names(f"{remote}/a_b.parquet") == ["a_b.parquet"]
     assert names(f"{remote}/_*.parquet") == ["_x.parquet"]
+    assert len(found(f"{remote}[1]")) == 2
+
+
+@pytest.mark.parametrize("chain", ["zip://*.parquet::{}/x.zip", "zip://::{}/x.zip"])
+def test_within_an_archive_the_same_names_are_found(tmp_path: Path, chain: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("a_b.parquet", "ab.parquet", "_h.parquet"):
+            archive.writestr(name, b"")
+
+    names = [name.split("://")[1].split("::")[0] for name in found(chain.format(tmp_path))]
+
+    assert names == ["a_b.parquet", "ab.parquet"]
+
+
+def test_a_chain_that_keeps_copies_finds_the_same_names(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "ab_def.parquet", "_x/a.parquet")
+
+    (name,) = found(f"simplecache::file://{tmp_path}/d/**/*.parquet")
+
+    assert name.endswith("d/ab_def.parquet")
 
 
 PARTS = st.sampled_from(

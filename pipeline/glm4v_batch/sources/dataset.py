@@ -236,13 +236,24 @@ def _loading(datasets: ModuleType, settings: DatasetSettings) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        is_here = Path(settings.path).exists()
+        is_here = _is_here(settings.path)
         hint = (
             "" if is_here else "There is no such folder here, so it was looked for on the Hugging Face Hub."
         )
         raise SourceError(f"{what} cannot be loaded: {_trouble(error)}.", hint=hint) from None
     except ValueError as error:  # an unknown configuration or split
         raise JobError(f"{what} cannot be loaded: {first_line(error, with_quotes=True)}.") from None
+
+
+def _is_here(path: str) -> bool:
+    """Whether something stands at *path*, for all the system tells."""
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _trouble(error: Exception) -> str:

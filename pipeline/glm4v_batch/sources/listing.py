@@ -6,8 +6,8 @@ beginning of a pattern where it is a folder's name.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ _HIDDEN = (".", "_")
 # Where a check of a file system puts what it finds. Only root may look into it.
 _LOST_AND_FOUND = "lost+found"
 
+# Whether to enter a folder, by its level below where the walk begins and its name.
+_Enters = Callable[[int, str], bool]
+
 
 def find_files(settings: ParquetSettings, own_output: Path | None) -> tuple[Any, dict[str, str]]:
     """The file system of `source.path`, and the files it finds there by the name that we call them.
 
     Parts of *own_output* do not count: an output below its source would feed on itself. Raises
-    JobError for a path of no known kind and for one that finds nothing but the output, SourceError
-    where there is nothing, or something that cannot be listed or opened.
+    JobError for a path of no known kind, SourceError where there is nothing, or something that cannot be
+    listed or opened.
     """
     fs, path = file_system(settings.path)
     found = _expand(fs, path, settings.path)
@@ -68,7 +71,12 @@ def _expand(fs: Any, path: str, pattern: str) -> list[str]:
     try:
         if isinstance(fs, LocalFileSystem):
             return _whole(_expand_here(re.sub("//+", "/", path), re.sub("//+", "/", pattern.rstrip("/"))))
-        return _expand_elsewhere(fs, path, pattern)
+        return list(_expand_elsewhere(fs, path))
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{pattern} cannot be looked for: the names of files under this locale are in {error.encoding}.",
+            hint="Set a locale of UTF-8 (LC_ALL=C.UTF-8).",
+        ) from None
     except ValueError as error:  # ** beside something else
         raise JobError(f"source.path {pattern} is no pattern: {error}.") from None
     except OSError as error:
@@ -76,32 +84,49 @@ def _expand(fs: Any, path: str, pattern: str) -> list[str]:
 
 
 def _expand_here(path: str, pattern: str) -> Iterator[str]:
-    if Path(path).is_file():
+    mode = _mode(path)
+    if stat.S_ISREG(mode):
         yield path
-    elif Path(path).is_dir():
+    elif stat.S_ISDIR(mode):
         yield from (file for file in _files_below(path) if file.endswith(".parquet"))
     elif _WILDCARD.search(pattern):
         root, rest = _split(path, pattern)
         matches = re.compile(glob_translate(rest)).match
-        levels = None if "**" in rest else rest.count("/") + 1
-        files = _files_below(root, levels, with_hidden=_names_hidden(rest))
+        files = _files_below(root, _way_in(rest), with_hidden=_names_hidden(rest))
         yield from (file for file in files if matches(file[len(root) :].lstrip("/")))
-    else:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            Path(path).stat()  # says so where it may not be looked at
 
 
-def _expand_elsewhere(fs: Any, path: str, pattern: str) -> list[str]:
+def _mode(path: str) -> int:
+    """The kind and permissions of what stands at *path*; 0 where nothing does.
+
+    Raises OSError where the system does not tell, which `Path.is_file` of Python 3.14 takes for a no.
+    """
+    try:
+        return Path(path).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def _expand_elsewhere(fs: Any, path: str) -> Iterator[str]:
     if fs.isfile(path):
-        return [path]
-    if fs.isdir(path):
-        root, with_hidden = path.rstrip("/"), False
-        found = fs.glob(f"{root}/**/*.parquet")
+        yield path
+    elif fs.isdir(path):
+        start = len(path.rstrip("/").split("/")) if path else 0
+        files = (file for file in fs.find(path) if file.endswith(".parquet"))
+        yield from (file for file in files if not _names_hidden(_from(file, start)))
     else:
-        root, rest = _split(path, pattern.split("::")[0].rstrip("/"))
-        with_hidden = _names_hidden(rest)
-        found = [file for file in fs.glob(path) if fs.isfile(file)]
-    return [file for file in found if with_hidden or not _names_hidden(file[len(root) :].lstrip("/"))]
+        start = _first_wildcard(path.split("/"))
+        with_hidden = _names_hidden(_from(path, start))
+        files = (file for file in fs.glob(path) if fs.isfile(file))
+        yield from (file for file in files if with_hidden or not _names_hidden(_from(file, start)))
+
+
+def _from(path: str, start: int) -> str:
+    return "/".join(path.split("/")[start:])
+
+
+def _first_wildcard(parts: Sequence[str]) -> int:
+    return next((n for n, part in enumerate(parts) if _WILDCARD.search(part)), len(parts) - 1)
 
 
 def _split(path: str, pattern: str) -> tuple[str, str]:
@@ -110,9 +135,8 @@ def _split(path: str, pattern: str) -> tuple[str, str]:
     Its beginning may be the current folder, whose name is no pattern whatever it looks like.
     """
     parts = pattern.split("/")
-    first = next((n for n, part in enumerate(parts) if _WILDCARD.search(part)), len(parts) - 1)
     of_path = path.split("/")
-    start = len(of_path) - (len(parts) - first)
+    start = len(of_path) - (len(parts) - _first_wildcard(parts))
     return "/".join(of_path[:start]) or "/", "/".join(of_path[start:])
 
 
@@ -120,15 +144,31 @@ def _names_hidden(path: str) -> bool:
     return any(part.startswith(_HIDDEN) for part in path.split("/"))
 
 
-def _files_below(root: str, levels: int | None = None, *, with_hidden: bool = False) -> Iterator[str]:
-    """The files at most *levels* below *root*. Raises OSError for a folder that cannot be listed.
+def _way_in(pattern: str) -> _Enters:
+    """Which folders can hold what matches *pattern*: others may be large, or somebody else's."""
+    parts = pattern.split("/")
+    most = parts.index("**") if "**" in parts else len(parts) - 1
+    matches = [re.compile(glob_translate(part)).match for part in parts[:most]]
+
+    def enters(level: int, name: str) -> bool:
+        return bool(matches[level](name)) if level < most else "**" in parts
+
+    return enters
+
+
+def _any_folder(_level: int, _name: str) -> bool:
+    return True
+
+
+def _files_below(root: str, enters: _Enters = _any_folder, *, with_hidden: bool = False) -> Iterator[str]:
+    """The files below *root*, in folders that *enters* says. Raises OSError for one that cannot be listed.
 
     Folders that are links are not entered: they may lead in circles, or to files that are found already.
     """
     for folder, folders, files in os.walk(root, onerror=_raise_unless_gone):
-        is_deepest = folder[len(root) :].strip("/").count("/") + (folder != root) + 1 == levels
-        shown = [] if is_deepest else [name for name in folders if name != _LOST_AND_FOUND]
-        folders[:] = [name for name in shown if with_hidden or not name.startswith(_HIDDEN)]
+        level = len(Path(folder).relative_to(root).parts)
+        shown = (name for name in folders if with_hidden or not name.startswith(_HIDDEN))
+        folders[:] = [name for name in shown if name != _LOST_AND_FOUND and enters(level, name)]
         names = (name for name in files if with_hidden or not name.startswith(_HIDDEN))
         yield from (f"{folder.rstrip('/')}/{name}" for name in names)
 
@@ -140,15 +180,15 @@ def _raise_unless_gone(error: OSError) -> None:
 
 def _whole(found: Iterable[str]) -> list[str]:
     """*found* without what is no file: a FIFO would hang. Raises SourceError for links that lead nowhere."""
-    files = list(found)
-    lost = [file for file in files if os.path.islink(file) and not Path(file).exists()]  # noqa: PTH114
+    modes = {file: _mode(file) for file in found}
+    lost = [file for file, mode in modes.items() if not mode and Path(file).is_symlink()]
     if lost:
         lines = [f"  {sanitise(file)}" for file in lost]
         raise SourceError(
             "\n".join(["These files are links that lead nowhere:", *lines]),
             hint="Bring back what they lead to, a mounted disk perhaps, or remove them.",
         )
-    return [file for file in files if Path(file).is_file()]
+    return [file for file, mode in modes.items() if stat.S_ISREG(mode)]
 
 
 def _unlisted(pattern: str, error: OSError) -> SourceError:
@@ -160,11 +200,11 @@ def _unlisted(pattern: str, error: OSError) -> SourceError:
     return SourceError(f"{what} cannot be listed: {error.strerror or first_line(error)}.", hint=hint)
 
 
-def _nothing(pattern: str, *, is_all_output: bool) -> Glm4vBatchError:
+def _nothing(pattern: str, *, is_all_output: bool) -> SourceError:
     if is_all_output:
-        return JobError(
-            f"All that source.path {pattern} finds lies in output.path, whose files are never a source: "
-            "choose another output.path."
+        return SourceError(
+            f"{pattern} finds no files but those in output.path, which are never a source.",
+            hint="Bring the input back, or keep output.path out of its folder.",
         )
     return SourceError(
         f"{pattern} finds no Parquet files.",
