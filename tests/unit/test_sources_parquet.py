@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4v_batch.errors import JobError, RecordError, SourceError
+from glm4v_batch.errors import JobError, PlacementError, RecordError, SourceError
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.sources import RecordColumns, Source, check_columns, cut
 from glm4v_batch.sources.parquet import ParquetFiles, ParquetSource
@@ -313,6 +313,22 @@ def test_nothing_found_says_what_was_looked_for(tmp_path: Path) -> None:
 def test_an_unknown_protocol_is_a_mistake_of_the_job() -> None:
     with pytest.raises(JobError, match=r"source.path nosuch://x"):
         opened("nosuch://x")
+
+
+@pytest.mark.parametrize(
+    ("said", "error"), [("can't start new thread", PlacementError), ("a fault of ours", RuntimeError)]
+)
+def test_a_system_that_starts_no_more_threads_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, error: type[Exception]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError(said)
+
+    path = write_rows(tmp_path / "a.parquet", 1)
+    monkeypatch.setattr("glm4v_batch.sources.parquet.ThreadPoolExecutor.map", refuse)
+
+    with pytest.raises(error):
+        opened(path)
 
 
 def test_all_unreadable_files_are_named_at_once(tmp_path: Path) -> None:
