@@ -14,14 +14,17 @@ from PIL import Image
 
 MakeSource = Callable[..., Path]
 
+# How long an example takes says how busy the machine is: no deadlines. A commit is tried with the same
+# examples each time; `pytest -m hypothesis --hypothesis-profile new` looks for others.
+settings.register_profile("new", deadline=None, max_examples=1000, print_blob=True)
+settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("same")
+
 
 def pytest_configure() -> None:
     """Runs that tests start must heed Ctrl-C, which a script's background jobs ignore and pass on."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # How long an example takes says how busy the machine is.
-    settings.register_profile("any speed", deadline=None)
-    settings.load_profile("any speed")
 
 
 @pytest.fixture(autouse=True)
