@@ -51,6 +51,18 @@ class CpuMeter:
         """Nothing is cached."""
 
 
+class CrowdedMeter(CpuMeter):
+    """A `Meter` of a device with *first_bytes* at the first look, of which others then leave *cap_bytes*."""
+
+    def __init__(self, weight_bytes: int, cap_bytes: int, *, first_bytes: int) -> None:
+        super().__init__(weight_bytes, cap_bytes)
+        self._told_bytes = first_bytes
+
+    def limit_bytes(self) -> tuple[int, ...]:
+        limit, self._told_bytes = self._told_bytes, self.cap_bytes
+        return (limit,)
+
+
 class EndlessMeter(CpuMeter):
     """A `Meter` of a device without end, where nothing is counted: that makes a model seven times as slow."""
 

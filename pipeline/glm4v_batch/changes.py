@@ -50,17 +50,28 @@ def moved_sources(shards: Sequence[Shard], parts: Sequence[Part]) -> dict[str, s
     missing = {path: content for path, content in contents.items() if path not in present and content}
     if not missing:
         return {}
-    taken: defaultdict[str, set[int]] = defaultdict(set)
+    taken: defaultdict[str, list[range]] = defaultdict(list)
     for part in parts:
-        taken[source_path(part)].update(part.info.rows)
+        taken[source_path(part)].append(part.info.rows)
     moved: dict[str, str] = {}
     for path, content in missing.items():
         same = (shard.path for shard in shards if _content(shard.identity) == content)
-        new = next((candidate for candidate in same if not taken[candidate] & taken[path]), None)
+        new = next((candidate for candidate in same if not _share_rows(taken[candidate], taken[path])), None)
         if new is not None:
             moved[path] = new
-            taken[new] |= taken[path]
+            taken[new] += taken[path]
     return moved
+
+
+def _share_rows(these: Iterable[range], those: Iterable[range]) -> bool:
+    """Whether a row is in a range of *these* and in one of *those*; neither range is empty."""
+    ends = [0, 0]  # of what begins earlier, on either side
+    sides = ((rows.start, side, rows.stop) for side, ranges in enumerate((these, those)) for rows in ranges)
+    for start, side, stop in sorted(sides):
+        if start < ends[1 - side]:
+            return True
+        ends[side] = max(ends[side], stop)
+    return False
 
 
 def take_away(lock: Lock, parts: Sequence[Part]) -> None:

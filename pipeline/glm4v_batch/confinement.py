@@ -18,13 +18,15 @@ KEPT_VARIABLES = frozenset({"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Let this process's address space grow by at most *num_bytes* from here, or by less where it must."""
+    """Let this process's address space grow by at most *num_bytes* from here, or by less where it must.
+
+    Does nothing but on Linux, which alone tells how large it is.
+    """
     if sys.platform == "linux":
         used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = used_bytes + num_bytes
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limits = (limit for limit in (soft, used_bytes + num_bytes) if limit != resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
 
 
 def forbid_files() -> None:

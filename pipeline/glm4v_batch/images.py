@@ -364,7 +364,7 @@ def _decoding() -> Iterator[None]:
     with nullcontext() if warnings.filters[:2] == _FILTERS else _only_bombs_warn():
         try:
             yield
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_large("decoding it would take too much memory") from error
         except _DECODE_ERRORS as error:
             # Pillow has one OSError for both; only its message tells a file that was cut off.

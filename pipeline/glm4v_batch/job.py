@@ -207,6 +207,7 @@ def _check_devices(value: Any) -> Any:
     return tuple(value)
 
 
+_MOST_OF_A_NAME = 64
 _LAYOUTS = ("auto", "replicas", "balanced", "balanced_low_0", "sequential")
 
 
@@ -384,8 +385,9 @@ class Job(_Section):
     @field_validator("name")
     @classmethod
     def _is_slug(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-            raise ValueError(f"must be letters, digits, dots, - and _ only, 64 at most, not {shown(value)}")
+        if len(value) > _MOST_OF_A_NAME or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            most = f"{_MOST_OF_A_NAME} at most"
+            raise ValueError(f"must be letters, digits, dots, - and _ only, {most}, not {shown(value)}")
         return value
 
     def remember(self, file: str, origins: Mapping[Location, Origin]) -> Self:
@@ -462,7 +464,7 @@ def write_template(path: Path) -> None:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-") or "caption"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[:_MOST_OF_A_NAME] or "caption"
 
 
 INIT_TEMPLATE = """\

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from glm4v_batch.confinement import limit_memory
 from glm4v_batch.durable import open_regular
 from glm4v_batch.errors import OutputError, first_line, on_one_line, sanitise
 from glm4v_batch.failure_codes import FailureCode, Stage
@@ -114,18 +115,15 @@ def check_parts(paths: Iterable[Path]) -> Iterator[PartCheck]:
 @contextmanager
 def _limited_memory() -> Iterator[None]:
     """Let this process grow by a bounded number of bytes, where the system can tell its size."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pool = pa.default_memory_pool()
-    with suppress(OSError, ValueError):  # only Linux tells the size, and a lower limit stays
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        limit = pages * resource.getpagesize() + _MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit if soft < 0 else min(limit, soft), hard))
-        # The default pool reserves a GiB of addresses at once, used or not.
-        pa.set_memory_pool(pa.system_memory_pool())
+    before, pool = resource.getrlimit(resource.RLIMIT_AS), pa.default_memory_pool()
+    with suppress(OSError):  # no /proc that tells it
+        limit_memory(_MEMORY_BYTES)
+    # The default pool reserves a GiB of addresses at once, used or not.
+    pa.set_memory_pool(pa.system_memory_pool())
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_AS, before)
         pa.set_memory_pool(pool)
 
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -366,7 +366,7 @@ class _Worker:
         done: list[Prepared] = []
         pipe = self._pipe or self._start()
         try:
-            wire.send(pipe, group)
+            wire.send(pipe, [(chunk, replace(record, passed=None)) for chunk, record in group])
             while len(done) < len(group) and pipe.poll(self._settings.record_seconds):
                 answer = wire.receive(pipe)
                 if isinstance(answer, Glm4vBatchError):
@@ -407,21 +407,27 @@ class _Worker:
                 raise RuntimeError(f"a preprocessing worker did not start: {end}")
         raise PlacementError(
             f"A decoder was killed {_KILLS_ALONE} times while it started.",
-            hint="The kernel does that where memory runs out, and tells by dmesg. Free memory, or set "
-            "preprocess.workers lower.",
+            hint="The kernel does that where memory runs out, and tells by dmesg. Free memory, or let the "
+            "run use fewer cores (taskset): it starts a decoder for each but one.",
         )
 
     def _started(self) -> object:
-        """What a new process says first; None where it says nothing."""
+        """What a new process says first; None where it ends without a word."""
         with self._lock:
             if self._closed:
                 raise _WorkerLostError("decoder_crashed", "preprocessing was stopped")
             self._child = Child(_serve, self._settings, self._make, name="glm4v-decoder")
         self._pipe = self._child.pipe
         try:
-            return self._pipe.recv() if self._pipe.poll(_START_SECONDS) else None
+            if self._pipe.poll(_START_SECONDS):
+                return self._pipe.recv()
         except (EOFError, OSError):
             return None
+        self._end(grace_seconds=0)
+        raise PlacementError(
+            f"A decoder did not start within {_START_SECONDS:g} s.",
+            hint="It reads this package first: see whether the disk or the network that holds it is slow.",
+        )
 
     def _end(self, *, grace_seconds: float) -> End:
         """Make sure that the process is gone, and say how it ended."""

@@ -223,7 +223,8 @@ def outcome_as_text(outcome: "Outcome", resume: str) -> str:
     if not rows["committed"]:
         return _nothing_to_do(plan, total, outcome.num_failed)
     speed = f"{format_seconds(report['seconds'])}, {report['rows_per_second']:.1f} rows/s"
-    lines = [f"{_rows(rows['committed'])} committed to {folder} in {speed}{_failed(rows['failed'])}"]
+    failed = f", {rows['failed']:,} of them failed" if rows["failed"] else ""
+    lines = [f"{_rows(rows['committed'])} committed to {folder} in {speed}{failed}"]
     lines += [f"  {count:,} × {code}" for code, count in report["failures"].items()]
     if outcome.num_failed:
         lines.append(f"{folder} holds {_rows(total)}{_failed(outcome.num_failed)}: see their error_message")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from typing import Protocol
 
 from glm4v_batch.engines import Engine, EngineEvent
@@ -65,4 +64,4 @@ def new_records(plan: Plan, chunks: Iterable[Chunk], output: Output) -> Iterator
         output.begin(chunk, plan.identity_of(chunk))
         for record in plan.opened.source.read(chunk):
             output.expect(chunk, record)
-            yield chunk, replace(record, passed=None)
+            yield chunk, record

@@ -185,6 +185,13 @@ def test_the_initial_job_file_is_valid_and_never_overwrites(tmp_path: Path) -> N
     assert "exists already" in second.stderr
 
 
+def test_the_initial_job_file_is_valid_however_long_its_name(tmp_path: Path) -> None:
+    path = tmp_path / f"{'a' * 70}.yaml"
+
+    assert run_command("init", path).returncode == 0
+    assert read_job(path).name == "a" * 64
+
+
 def test_the_schema_describes_every_setting() -> None:
     schema = json.loads(run_command("schema").stdout)
 

@@ -120,7 +120,7 @@ def test_the_jobs_memory_settings_reach_the_engine(finished: dict[str, Path], tm
     engine = load_engine(settings)
 
     assert isinstance(engine, GenerateEngine)
-    assert engine._memory_fraction == 0.5
+    assert engine._room._memory_fraction == 0.5
     assert engine._scheduler._max_batch_size == 9
     # Its memory model has learnt from the batches that the folder remembers.
     assert engine._memory.trust > MemoryModel([1], [prior_coefficients(weights().config.to_dict(), 4)]).trust

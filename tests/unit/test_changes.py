@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from glm4v_batch.asked import EVERYTHING, Asked
+from glm4v_batch.changes import moved_sources
 from glm4v_batch.errors import OutputError, SourceError
 from glm4v_batch.executor import Event, Outcome, run
 from glm4v_batch.job import Job, read_job
-from glm4v_batch.parts import Part, list_parts
+from glm4v_batch.parts import Part, PartInfo, list_parts
 from glm4v_batch.plan import Plan, make_plan, open_job
 from glm4v_batch.render import plan_as_text
+from glm4v_batch.sources import Shard
 from tests.conftest import MakeSource
 from tests.e2e.command import write_job
 from tests.e2e.test_run_echo import contents, rows_of, times
@@ -189,3 +191,16 @@ def test_output_is_not_touched_before_the_plan_is_made(
         finish(impossible, REDO)
 
     assert contents(tmp_path / "out") == before
+
+
+def test_a_source_that_is_gone_costs_nothing_for_each_of_its_rows(tmp_path: Path) -> None:
+    def part(path: str, first_row: int) -> Part:
+        identity = {"path": path, "sample_sha256": "the same"}
+        return Part(tmp_path / "part", PartInfo("job", {}, identity, first_row, 10**12, 10**12, 0))
+
+    shards = [Shard("new", 10**13, {"path": "new", "sample_sha256": "the same"})]
+    gone = [part("gone", first_row) for first_row in (0, 2 * 10**12)]
+
+    assert moved_sources(shards, [*gone, part("new", 10**12)]) == {"gone": "new"}
+    assert moved_sources(shards, [*gone, part("new", 10**12 + 1)]) == {}
+    assert moved_sources(shards, [*gone, part("new", 10**12 - 1)]) == {}

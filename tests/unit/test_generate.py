@@ -17,7 +17,7 @@ from glm4v_batch.engines.generate import (
 )
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.types import BatchRun, BatchStart, Completion
-from tests.cpu_meter import CpuMeter
+from tests.cpu_meter import CrowdedMeter
 from tests.tiny import engine, runs, sample, weight_bytes
 
 
@@ -136,19 +136,10 @@ def test_a_drained_engine_ends_after_the_batch_in_hand() -> None:
 
 
 def test_a_neighbour_that_takes_all_memory_stops_the_run_instead_of_failing_its_records() -> None:
-    class Crowded(CpuMeter):
-        """There is room at first; when the batch runs another process has taken it."""
-
-        told_bytes = weight_bytes() + 100 * MIB
-
-        def limit_bytes(self) -> tuple[int, ...]:
-            limit, self.told_bytes = self.told_bytes, self.cap_bytes
-            return (limit,)
-
-    meter = Crowded(weight_bytes(), weight_bytes() + MIB // 4)
+    meter = CrowdedMeter(weight_bytes(), weight_bytes() + MIB // 4, first_bytes=weight_bytes() + 100 * MIB)
     _, requests = sample("question")
 
-    with pytest.raises(PlacementError, match=r"of the 100\.00 MiB for batches, 256\.00 KiB are left"):
+    with pytest.raises(PlacementError, match=r"of the 100\.00 MiB for work, 256\.00 KiB are left"):
         list(engine("question", SHORT, meter=meter, memory_fraction=1.0).run(requests[:1]))
 
 

@@ -21,6 +21,7 @@ from glm4v_batch.engines.packed import PackedEngine
 from glm4v_batch.engines.packed_graphs import Graphs
 from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.engines.packed_work import Work
+from glm4v_batch.errors import PlacementError
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.kv_pool import KVPool
 from glm4v_batch.memory import MemoryModel, prior_coefficients
@@ -35,7 +36,7 @@ from glm4v_batch.types import (
     PeakSample,
     Request,
 )
-from tests.cpu_meter import CpuMeter, EndlessMeter
+from tests.cpu_meter import CpuMeter, CrowdedMeter, EndlessMeter
 from tests.families import FAMILIES, small_model
 from tests.packed import LIMITS, packed_engine
 from tests.tiny import ENDLESS, answers, runs, sample, texts, weight_bytes
@@ -183,6 +184,15 @@ def test_a_request_that_the_pool_cannot_hold_fails_alone() -> None:
     (failure,) = [event for event in events if isinstance(event, Failure)]
     assert (failure.row, failure.code, failure.stage) == (long.row, "out_of_memory", "generate")
     assert len([event for event in events if isinstance(event, Completion)]) == 9
+
+
+@pytest.mark.parametrize("room_kib", [1, 700])
+def test_neighbours_that_take_all_memory_stop_the_run_instead_of_failing_its_records(room_kib: int) -> None:
+    first_bytes = weight_bytes() + 100 * MIB
+    meter = CrowdedMeter(weight_bytes(), weight_bytes() + (room_kib << 10), first_bytes=first_bytes)
+
+    with pytest.raises(PlacementError, match=r"of the 100\.00 MiB for work, \d+\.00 KiB are left"):
+        list(packed_engine("caption", limits=FEW, meter=meter).run(iter(sample("caption")[1][:4])))
 
 
 def test_failures_pass_through_and_every_request_in_hand_is_named_before_it_runs() -> None:

@@ -85,6 +85,8 @@ class Poisoned:
             case "imports":
                 loaded = sorted({"torch", "transformers"} & set(sys.modules))
                 return said(chunk, record, str(loaded))
+            case "passed":
+                return said(chunk, record, str(record.passed))
         return self._prepare(chunk, record)
 
 
@@ -255,6 +257,17 @@ def test_closing_half_way_ends_the_workers_at_once() -> None:
     assert time.monotonic() - started < 30
 
 
+def test_an_image_that_takes_more_memory_than_a_decoder_may_use_is_not_called_too_large() -> None:
+    settings = replace(SETTINGS, worker_memory_bytes=100 << 20)
+    images = (ImageRef(data=picture(size=(7000, 7000))),)
+    item = Chunk("s", 0, 1), Record("a", "s", 0, images, {"title": "fine"})
+
+    [result] = preprocess(iter([item]), settings, num_workers=1)
+
+    assert isinstance(result, Failure)
+    assert (result.stage, result.code) == ("decode", "out_of_memory")
+
+
 class Unstartable:
     """A preprocessor that cannot be made."""
 
@@ -299,6 +312,28 @@ def test_a_worker_that_is_killed_whenever_it_starts_ends_the_run_and_fails_no_re
     assert others_end(before)
 
 
+class NeverReady:
+    """A preprocessor that is not made within anybody's patience."""
+
+    def __init__(self, settings: PreprocessSettings) -> None:
+        time.sleep(1000)
+
+    def __call__(self, chunk: Chunk, record: Record) -> Prepared:
+        raise AssertionError
+
+
+def test_a_worker_that_does_not_start_in_time_is_not_said_to_have_been_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = child_processes()
+    monkeypatch.setattr("glm4v_batch.preprocess._START_SECONDS", 0.5)
+
+    with pytest.raises(PlacementError, match=r"A decoder did not start within 0\.5 s\."):
+        list(preprocess(items(["a"]), SETTINGS, num_workers=1, make=NeverReady))
+
+    assert others_end(before)
+
+
 def test_worker_that_cannot_start_is_our_bug_and_no_failed_record() -> None:
     before = child_processes()
 
@@ -314,6 +349,16 @@ def test_users_mistake_is_raised_as_such_out_of_a_worker(num_workers: int) -> No
 
     with pytest.raises(JobError, match=r"images\.min_pixels"):
         list(preprocess(items(["a"]), settings, num_workers=num_workers))
+
+
+def test_what_passes_through_stays_with_the_driver() -> None:
+    passed = pa.table({"note": ["x" * 50_000_000]})
+    record = Record("a", "s", 0, (), {"title": "passed"}, passed)
+
+    [result] = preprocess(iter([(Chunk("s", 0, 1), record)]), SETTINGS, num_workers=1, make=Poisoned)
+
+    assert isinstance(result, Failure)
+    assert result.message == "None"
 
 
 def test_look_ahead_counts_texts_and_what_passes_through() -> None:

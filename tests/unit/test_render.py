@@ -68,6 +68,18 @@ def test_a_run_that_ends_early_says_how_many_rows_are_committed(job: Job, reason
     assert last == "Resume with: RUN"
 
 
+def test_a_second_night_tells_its_own_failed_rows_from_those_of_the_folder(job: Job) -> None:
+    finish(job, Asked(limit=9))
+
+    first, *_, last = outcome_as_text(finish(job), "RUN").splitlines()[:3]
+
+    assert first.startswith("3 rows committed to ")
+    assert first.endswith(" rows/s, 1 of them failed")
+    assert last == (
+        f"{job.output.path} holds 12 rows; 4 of the folder's rows failed: see their error_message"
+    )
+
+
 def test_a_retry_that_comes_to_its_end_says_what_became_of_the_failed_rows(job: Job) -> None:
     finish(job)
 

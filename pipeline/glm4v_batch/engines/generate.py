@@ -22,7 +22,7 @@ from transformers import (
 
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.engines import EngineEvent
-from glm4v_batch.errors import PlacementError
+from glm4v_batch.engines.room import Room
 from glm4v_batch.images import normalisation_table
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, Meter
@@ -30,7 +30,6 @@ from glm4v_batch.oom import run_or_split
 from glm4v_batch.sampling import SeededGumbel, row_seed
 from glm4v_batch.scheduler import Scheduler, batch_shape
 from glm4v_batch.types import BatchRun, BatchStart, Completion, Failure, FinishReason, PeakSample, Request
-from glm4v_batch.units import format_bytes
 
 # What CUDA and its libraries say when an allocation of their own fails: a RuntimeError, not torch's OOM.
 _DISGUISED = (
@@ -44,8 +43,6 @@ _DISGUISED = (
     "HIP out of memory",
     "DefaultCPUAllocator: can't allocate memory",
 )
-# Below this part of the room that there was at first, a request alone fails for the neighbours' sake.
-_CROWDED_FRACTION = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +89,11 @@ class GenerateEngine:
         self._generation = generation
         self._memory = memory
         self._meter = meter
-        self._memory_fraction = memory_fraction
+        self._room = Room(meter, memory_fraction)
         self._scheduler = Scheduler(memory, max_batch_size)
         self._device = input_device(model)
         self._table = torch.from_numpy(vocabulary.normalisation).to(self._device)
         self._runs: list[BatchRun] = []
-        self._room_bytes = self._room()
         self._is_draining = False
 
     def drain(self) -> None:
@@ -121,7 +117,7 @@ class GenerateEngine:
             yield from self._run_next()
 
     def _run_next(self) -> Iterator[EngineEvent]:
-        budget = self._budget_bytes()
+        budget = self._room.budget_bytes()
         self._meter.trim(budget)
         batch = self._scheduler.next_batch(budget)
         yield BatchStart(tuple((r.chunk_id, r.row) for r in batch))
@@ -129,11 +125,8 @@ class GenerateEngine:
         yield from self._runs
         self._runs.clear()
 
-    def _budget_bytes(self) -> tuple[int, ...]:
-        return tuple(int(limit * self._memory_fraction) for limit in self._meter.limit_bytes())
-
     def _attempt(self, batch: Sequence[Request]) -> Sequence[Completion] | None:
-        shape, budget = batch_shape(batch), self._budget_bytes()
+        shape, budget = batch_shape(batch), self._room.budget_bytes()
         predicted = self._memory.predict(shape)
         started = time.perf_counter()
         with self._meter.watch():
@@ -145,7 +138,7 @@ class GenerateEngine:
             gc.collect()
             self._meter.free()
             if len(batch) == 1:
-                self._refuse_crowded_devices()
+                self._room.refuse_if_taken()
         self._memory.observe(PeakSample(shape, peak, out_of_memory=completions is None))
         self._runs.append(
             BatchRun(
@@ -161,21 +154,6 @@ class GenerateEngine:
             )
         )
         return completions
-
-    def _room(self) -> tuple[int, ...]:
-        held = self._meter.held_bytes()
-        return tuple(budget - weights for budget, weights in zip(self._budget_bytes(), held, strict=True))
-
-    def _refuse_crowded_devices(self) -> None:
-        # That a record fails because a neighbour took the card is not the record's fault.
-        for place, (room, first) in enumerate(zip(self._room(), self._room_bytes, strict=True)):
-            if room < _CROWDED_FRACTION * first:
-                raise PlacementError(
-                    f"Other processes have taken a GPU's memory while the run used it: of the "
-                    f"{format_bytes(first)} for batches, {format_bytes(max(room, 0))} are left "
-                    f"(device {place} of the replica).",
-                    hint="What is committed is safe. Free the GPU, then run the same command again.",
-                )
 
     def _generate_or_none(self, batch: Sequence[Request]) -> Sequence[Completion] | None:
         try:

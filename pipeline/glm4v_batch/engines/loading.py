@@ -10,6 +10,7 @@ from glm4v_batch.activations import FloatArray
 from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.devices import cuda_visible_devices, let_segments_grow
 from glm4v_batch.engines import Engine
+from glm4v_batch.engines.room import Room
 from glm4v_batch.errors import PlacementError, first_line
 from glm4v_batch.job import Job
 from glm4v_batch.memory import MEMORY_OF_SAMPLES, MemoryModel, Meter
@@ -135,7 +136,7 @@ def _packed_engine(
     packed = PackedModel(model, table, vocabulary.temporal_patch_size)
     warmed = WarmedUp(demand, 0.0)
     if packed.device.type == "cuda":
-        room_bytes = min(_room_bytes(meter, job.devices.memory_fraction))
+        room_bytes = min(Room(meter, job.devices.memory_fraction).left_bytes())
         is_compiled = is_worth_compiling(settings.num_expected, room_bytes)
         if is_compiled:
             packed.compile()
@@ -147,7 +148,7 @@ def _packed_engine(
         if is_compiled:
             packed.end_compilers()
         meter.free()
-    limits = packed_limits(warmed.demand, _room_bytes(meter, job.devices.memory_fraction))
+    limits = packed_limits(warmed.demand, Room(meter, job.devices.memory_fraction).left_bytes())
     packed.record_vision(limits.patches)
     meter.free()
     return PackedEngine(
@@ -169,11 +170,6 @@ def is_worth_compiling(num_expected: int | None, room_bytes: int) -> bool:
     """
     enough = _WORTH_COMPILING_IN_LITTLE_ROOM if room_bytes < _LITTLE_ROOM_BYTES else _WORTH_COMPILING
     return num_expected is None or num_expected >= enough
-
-
-def _room_bytes(meter: Meter, memory_fraction: float) -> list[int]:
-    pairs = zip(meter.limit_bytes(), meter.held_bytes(), strict=True)
-    return [int(limit * memory_fraction) - held for limit, held in pairs]
 
 
 def torch_map(replica: Replica) -> Mapping[str, str]:

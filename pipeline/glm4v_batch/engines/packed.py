@@ -25,6 +25,7 @@ from glm4v_batch.engines.packed_model import PackedModel
 from glm4v_batch.engines.packed_rows import NO_TOKEN, DecodeRows, Entry, Piece
 from glm4v_batch.engines.packed_tally import Tally
 from glm4v_batch.engines.packed_work import Work, WorkImage, calls, images_of
+from glm4v_batch.engines.room import Room
 from glm4v_batch.engines.stopwatch import Stopwatch
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.intake import Intake
@@ -80,7 +81,7 @@ class PackedEngine:
         self._generation = generation
         self._meter = meter
         self._coefficients = coefficients
-        self._memory_fraction = memory_fraction
+        self._room = Room(meter, memory_fraction)
         self._is_draining = False
         self._waiting: deque[Work] = deque()
         self._encoded: deque[Work] = deque()
@@ -238,6 +239,7 @@ class PackedEngine:
         if len(call) > 1:
             self._limits = replace(self._limits, patches=sum(len(image.patches) for image in call) // 2)
         elif not self._shrink_pool():
+            self._room.refuse_if_taken()
             self._waiting.remove(call[0].work)
             self._fail(call[0].work, f"an image of {len(call[0].patches):,} patches does not fit alone")
 
@@ -430,6 +432,7 @@ class PackedEngine:
             if len(running) > 1:
                 self._limits = replace(self._limits, max_rows=len(running) // 2)
             else:
+                self._room.refuse_if_taken()
                 self._waiting.remove(running[0])
                 self._fail(running[0], "a step of it does not fit, alone")
 
@@ -470,7 +473,7 @@ class PackedEngine:
 
     def _reported(self) -> EngineEvent:
         """The line of what ran since the last one; by it the pool yields where others took the memory."""
-        budget = tuple(int(limit * self._memory_fraction) for limit in self._meter.limit_bytes())
+        budget = self._room.budget_bytes()
         for phase, seconds in self._stopwatch.ended():
             self._tally.phase_seconds[phase] += seconds
         run = self._tally.as_run(self._memory, budget)
