@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from glm4v_batch.asked import EVERYTHING, Asked
@@ -13,7 +15,7 @@ from glm4v_batch.parts import Part, PartInfo, list_parts
 from glm4v_batch.plan import Plan, make_plan, open_job
 from glm4v_batch.render import plan_as_text
 from glm4v_batch.sources import Shard
-from tests.conftest import MakeSource
+from tests.conftest import MakeSource, image_bytes
 from tests.e2e.command import write_job
 from tests.e2e.test_run_echo import contents, rows_of, times
 
@@ -204,3 +206,19 @@ def test_a_source_that_is_gone_costs_nothing_for_each_of_its_rows(tmp_path: Path
     assert moved_sources(shards, [*gone, part("new", 10**12)]) == {"gone": "new"}
     assert moved_sources(shards, [*gone, part("new", 10**12 + 1)]) == {}
     assert moved_sources(shards, [*gone, part("new", 10**12 - 1)]) == {}
+
+
+def test_other_data_under_the_same_footer_is_refused(job: Job, tmp_path: Path) -> None:
+    def write(first: int) -> int:
+        images = [image_bytes(row, kind="BMP") for row in range(first, first + 4)]
+        table = pa.table({"id": list("abcd"), "image": images, "title": list("efgh")})
+        path = tmp_path / "source" / "shard-0.parquet"
+        pq.write_table(table, path, write_statistics=False, compression="none", use_dictionary=False)
+        return path.stat().st_size
+
+    size = write(0)
+    finish(job)
+
+    assert write(100) == size
+    with pytest.raises(SourceError, match=r"shard-0\.parquet: other content \(sample\)$"):
+        make_plan(open_job(job))
