@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from glm4v_batch.activations import prior_coefficients
 from glm4v_batch.engines.generate import GenerateEngine
-from glm4v_batch.memory import MemoryModel, prior_coefficients
+from glm4v_batch.memory import MemoryModel
 from glm4v_batch.model import load_model
 from glm4v_batch.packed_limits import PackedLimits
 from glm4v_batch.types import Request

@@ -5,9 +5,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from glm4v_batch.activations import prior_coefficients
 from glm4v_batch.engines.generate import GenerateEngine, Vocabulary, vocabulary_of
 from glm4v_batch.job import Job, read_job
-from glm4v_batch.memory import MemoryModel, Meter, prior_coefficients
+from glm4v_batch.memory import MemoryModel, Meter
 from glm4v_batch.model import load_model
 from glm4v_batch.plan import open_job, preprocess_settings
 from glm4v_batch.preprocess import preprocess

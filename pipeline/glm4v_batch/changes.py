@@ -12,21 +12,18 @@ from glm4v_batch.sources import Shard
 _NAMED = 20
 
 
-def source_path(part: Part) -> str:
-    """The path that the source of *part* had when its rows were committed."""
-    return str(part.info.source["path"])
-
-
 def changed_parts(shards: Sequence[Shard], parts: Iterable[Part]) -> list[Part]:
     """The parts whose source stands at its old path with other data than they were made from."""
     identities = {shard.path: shard.identity for shard in shards}
-    return [part for part in parts if identities.get(source_path(part), part.info.source) != part.info.source]
+    return [
+        part for part in parts if identities.get(part.info.source_path, part.info.source) != part.info.source
+    ]
 
 
 def refuse_changed(shards: Sequence[Shard], parts: Iterable[Part]) -> None:
     """Raise one SourceError for all sources that *parts* and *shards* know with different data."""
     identities = {shard.path: shard.identity for shard in shards}
-    changed = {source_path(part): part.info.source for part in changed_parts(shards, parts)}
+    changed = {part.info.source_path: part.info.source for part in changed_parts(shards, parts)}
     if changed:
         paths = sorted(changed)
         lines = [f"{len(paths):,} of the sources changed since their rows were committed:"]
@@ -46,13 +43,13 @@ def moved_sources(shards: Sequence[Shard], parts: Sequence[Part]) -> dict[str, s
     same content any is right whose rows are not taken yet.
     """
     present = {shard.path for shard in shards}
-    contents = {source_path(part): _content(part.info.source) for part in parts}
+    contents = {part.info.source_path: _content(part.info.source) for part in parts}
     missing = {path: content for path, content in contents.items() if path not in present and content}
     if not missing:
         return {}
     taken: defaultdict[str, list[range]] = defaultdict(list)
     for part in parts:
-        taken[source_path(part)].append(part.info.rows)
+        taken[part.info.source_path].append(part.info.rows)
     moved: dict[str, str] = {}
     for path, content in missing.items():
         same = (shard.path for shard in shards if _content(shard.identity) == content)

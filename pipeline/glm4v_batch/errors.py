@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from .failure_codes import FailureCode, Stage
+from glm4v_batch.failure_codes import FailureCode, Stage
 
 _MAX_MESSAGE_CHARACTERS = 200
 _MAX_MISTAKES = 50

@@ -1,4 +1,4 @@
-"""Run a job in this process: lock the output, load the model, pull the pipe, stop when asked to."""
+"""Drive a run: plan it, start what works, pull the pipe, and stop when asked to."""
 
 import os
 import signal

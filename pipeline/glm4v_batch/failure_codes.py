@@ -63,8 +63,8 @@ FAILURE_KINDS: Mapping[FailureCode, FailureKind] = {
     ),
     "record_too_large": FailureKind(
         ("read",),
-        "the cells that the job needs of a Parquet row take more than 128 MiB, an item of a list 128 bytes at "
-        "least",
+        "the cells that the job needs of a Parquet row take more than 128 MiB, an item of a list 128 bytes "
+        "at least",
         "Shorten the row, or pass fewer columns through.",
     ),
     "image_format": FailureKind(

@@ -22,10 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import JobError
-from .mistakes import explain, shown
-from .templates import columns_of
-from .yaml_lines import Location, Mistake, Origin, read_yaml, set_value
+from glm4v_batch.errors import JobError
+from glm4v_batch.mistakes import explain, shown
+from glm4v_batch.templates import columns_of
+from glm4v_batch.yaml_lines import Location, Mistake, Origin, read_yaml, set_value
 
 PART_COLUMNS = (
     "id",

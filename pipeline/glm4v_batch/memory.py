@@ -17,11 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from glm4v_batch.activations import WHOLE as WHOLE
-from glm4v_batch.activations import DeviceShare as DeviceShare
-from glm4v_batch.activations import FloatArray as FloatArray
-from glm4v_batch.activations import can_predict as can_predict
-from glm4v_batch.activations import prior_coefficients as prior_coefficients
+from glm4v_batch.activations import FloatArray
 from glm4v_batch.types import BatchShape, PeakSample
 
 MEMORY_OF_SAMPLES = 512

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from .yaml_lines import Location
+from glm4v_batch.yaml_lines import Location
 
 Models = tuple[type[BaseModel], ...]
 

@@ -54,13 +54,8 @@ Strategy = Callable[["RunCosts", Sequence[int], RequestSize, RequestSize], Packi
 
 def batch_of(size: RequestSize, num_requests: int = 1) -> BatchShape:
     """The shape of a batch of equal requests."""
-    return BatchShape(
-        batch_size=num_requests,
-        padded_tokens=num_requests * size.prompt_tokens,
-        visual_patches=num_requests * size.visual_patches,
-        kv_tokens=num_requests * (size.prompt_tokens + size.new_tokens),
-        mask_cells=num_requests * size.prompt_tokens**2,
-    )
+    num_patches = num_requests * size.visual_patches
+    return BatchShape.padded(num_requests, size.prompt_tokens, num_patches, size.new_tokens)
 
 
 def largest(is_possible: Callable[[int], bool], most: int = _LARGEST_BATCH) -> int:

@@ -209,7 +209,7 @@ class _Reading:
     def read(self) -> None:
         """Look at the name, the footer and every page."""
         info = self._info
-        name = part_name(str(info.source["path"]), info.first_row, info.num_rows, info.fingerprint)
+        name = part_name(info.source_path, info.first_row, info.num_rows, info.fingerprint)
         if self._path.name != name:
             self._add(f"is named otherwise than its footer says, which makes it {name}")
         if fingerprint(info.settings) != info.fingerprint:
@@ -246,7 +246,7 @@ class _Reading:
         return True
 
     def _take(self, batch: pa.RecordBatch) -> None:
-        first_row, source = self._next_row, str(self._info.source["path"])
+        first_row, source = self._next_row, self._info.source_path
         for what, mask in _wrong_rows(batch, first_row, source):
             if count := _num_true(mask):
                 num_before, first = self._wrong.get(what, (0, first_row + pc.index(mask, True).as_py()))

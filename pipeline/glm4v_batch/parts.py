@@ -76,6 +76,11 @@ class PartInfo:
     num_failed: int
 
     @property
+    def source_path(self) -> str:
+        """The path that the source had when these rows were committed."""
+        return str(self.source["path"])
+
+    @property
     def rows(self) -> range:
         """The row numbers of the source that the part holds."""
         return range(self.first_row, self.first_row + self.num_rows)
@@ -116,7 +121,7 @@ def commit(folder: Path, table: pa.Table, info: PartInfo) -> Part:
     Committing a chunk twice is harmless: a part of the same chunk and fingerprint that is
     already there stays as it is.
     """
-    final = folder / part_name(str(info.source["path"]), info.first_row, info.num_rows, info.fingerprint)
+    final = folder / part_name(info.source_path, info.first_row, info.num_rows, info.fingerprint)
     with refusing(folder), _written(folder, final.name, table, info) as temporary:
         part = _publish(temporary, final, info)
         # Also for a part that was there already: whoever made it may have died before this.
@@ -331,7 +336,7 @@ def _part_paths(folder: Path) -> list[Path]:
 
 def _refuse_overlaps(parts: Sequence[Part]) -> None:
     def place(part: Part) -> tuple[str, int]:
-        return str(part.info.source["path"]), part.info.first_row
+        return part.info.source_path, part.info.first_row
 
     for one, other in pairwise(sorted(parts, key=place)):
         if place(one)[0] == place(other)[0] and other.info.first_row < one.info.rows.stop:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from glm4v_batch.asked import EVERYTHING, Asked
-from glm4v_batch.changes import changed_parts, moved_sources, refuse_changed, source_path
+from glm4v_batch.changes import changed_parts, moved_sources, refuse_changed
 from glm4v_batch.checkpoint import Checkpoint, identity, locate, read_checkpoint
 from glm4v_batch.errors import JobError
 from glm4v_batch.forecast import Forecast, make_forecast
@@ -107,12 +107,12 @@ class Plan:
     def vanished(self) -> tuple[str, ...]:
         """Sources that have parts and are no longer there."""
         present = {shard.path for shard in self.opened.shards}
-        return tuple(sorted({source_path(p) for p in self.parts} - present - set(self.moved)))
+        return tuple(sorted({p.info.source_path for p in self.parts} - present - set(self.moved)))
 
     @property
     def changed(self) -> Mapping[str, int]:
         """Sources whose parts are superseded, with the number of these parts."""
-        return Counter(map(source_path, self.superseded))
+        return Counter(part.info.source_path for part in self.superseded)
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks that no part holds, in the order of the source."""
@@ -240,7 +240,7 @@ def make_plan(opened: OpenJob, asked: Asked = EVERYTHING) -> Plan:
     moved = moved_sources(opened.shards, valid)
     done: defaultdict[str, list[range]] = defaultdict(list)
     for part in valid:
-        done[moved.get(source_path(part), source_path(part))].append(part.info.rows)
+        done[moved.get(part.info.source_path, part.info.source_path)].append(part.info.rows)
     retries = _retries(shards, valid, moved, asked)
     plan = Plan(opened, tuple(valid), moved, done, None, asked, tuple(superseded), retries)
     return replace(plan, forecast=_forecast(plan))

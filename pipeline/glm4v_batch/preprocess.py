@@ -146,7 +146,7 @@ class Preprocessor:
         for ref in record.images:
             images.append(read_image(ref, settings.root, settings.limits, processing))
             num_tokens += visual_tokens(images[-1].grid, processing.merge_size)
-            check_context(num_tokens + new_tokens, settings)
+            _check_context(num_tokens + new_tokens, settings)
         return images
 
 
@@ -168,7 +168,7 @@ def most_new_tokens(record: Record, settings: PreprocessSettings) -> int:
     return settings.max_new_tokens if own is None else min(own, settings.max_new_tokens)
 
 
-def check_context(num_tokens: int, settings: PreprocessSettings) -> None:
+def _check_context(num_tokens: int, settings: PreprocessSettings) -> None:
     """Raise RecordError where *num_tokens* of images and answer alone exceed the model's context."""
     context_tokens = settings.checkpoint.context_tokens
     if num_tokens > context_tokens:

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glm4v_batch import parts
-from glm4v_batch.changes import source_path
 from glm4v_batch.output import Lock, result_row
 from glm4v_batch.parts import RESULT_FIELDS, Part
 from glm4v_batch.sources import Source
@@ -86,7 +85,7 @@ def find_retries(
         failed = parts.failed_rows(part)
         codes.update(code for _, code in failed)
         chosen = sorted(row for row, code in failed if not wanted or code in wanted)
-        path = moved.get(source_path(part), source_path(part))
+        path = moved.get(part.info.source_path, part.info.source_path)
         rows = tuple(row for row in chosen if row < num_rows.get(path, 0))
         num_stuck += len(chosen) - len(rows)
         if rows:

@@ -20,33 +20,22 @@ _LARGEST_POOL_BYTES = 1 << 30
 
 def batch_shape(requests: Sequence[Request]) -> BatchShape:
     """The features of the memory model for *requests* run as one padded batch."""
-    size = len(requests)
-    longest = max(request.prompt_tokens for request in requests)
-    return BatchShape(
-        batch_size=size,
-        padded_tokens=size * longest,
-        visual_patches=sum(request.visual_patches for request in requests),
-        kv_tokens=size * (longest + max(request.max_new_tokens for request in requests)),
-        mask_cells=size * longest**2,
+    return BatchShape.padded(
+        len(requests),
+        max(request.prompt_tokens for request in requests),
+        sum(request.visual_patches for request in requests),
+        max(request.max_new_tokens for request in requests),
     )
-
-
-def _shape_alone(request: Request) -> BatchShape:
-    tokens = request.prompt_tokens
-    return BatchShape(1, tokens, request.visual_patches, tokens + request.max_new_tokens, tokens**2)
 
 
 def _with_request(shape: BatchShape, request: Request) -> BatchShape:
     longest = shape.padded_tokens // shape.batch_size
     new_tokens = max(shape.kv_tokens // shape.batch_size - longest, request.max_new_tokens)
-    longest = max(longest, request.prompt_tokens)
-    size = shape.batch_size + 1
-    return BatchShape(
-        batch_size=size,
-        padded_tokens=size * longest,
-        visual_patches=shape.visual_patches + request.visual_patches,
-        kv_tokens=size * (longest + new_tokens),
-        mask_cells=size * longest**2,
+    return BatchShape.padded(
+        shape.batch_size + 1,
+        max(longest, request.prompt_tokens),
+        shape.visual_patches + request.visual_patches,
+        new_tokens,
     )
 
 
@@ -98,7 +87,7 @@ class Scheduler:
         arrival, oldest = next(iter(self._by_age.items()))
         low = self._index(oldest.prompt_tokens, arrival)
         high = low + 1
-        shape = _shape_alone(oldest)
+        shape = batch_shape([oldest])
         while high - low < self._max_batch_size:
             side = self._nearer_side(low, high, oldest.prompt_tokens)
             if side is None:

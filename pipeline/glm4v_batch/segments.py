@@ -11,14 +11,7 @@ class Segments:
     """
 
     def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
-        self.num_free = num_tokens
         self._free = [(0, num_tokens)] if num_tokens else []
-
-    @property
-    def num_used(self) -> int:
-        """Tokens that are handed out."""
-        return self.num_tokens - self.num_free
 
     def take(self, num_tokens: int) -> int | None:
         """The start of a stretch of *num_tokens*, or None where no free one is long enough."""
@@ -26,13 +19,11 @@ class Segments:
             if length >= num_tokens:
                 rest = (start + num_tokens, length - num_tokens)
                 self._free[place : place + 1] = [rest] if rest[1] else []
-                self.num_free -= num_tokens
                 return start
         return None
 
     def give_back(self, start: int, num_tokens: int) -> None:
         """Take back the stretch of *num_tokens* that begins at *start*."""
-        self.num_free += num_tokens
         place = bisect_left(self._free, (start, 0))
         after = self._free[place] if place < len(self._free) else None
         if after is not None and start + num_tokens == after[0]:

@@ -67,7 +67,7 @@ def check_source(source: "Source", parts: Sequence[Part]) -> SourceCheck:
     moved = moved_sources(shards, parts)
     by_path = defaultdict(list)
     for part in parts:
-        by_path[moved.get(_path(part), _path(part))].append(part)
+        by_path[moved.get(part.info.source_path, part.info.source_path)].append(part)
     changed = {shard.path: _changes(shard, by_path[shard.path], moved) for shard in shards}
     expected = {shard.path: _num_rows(source, shard) for shard in shards if not changed[shard.path]}
     beyond = [fault for path, count in expected.items() for fault in _beyond(path, count, by_path[path])]
@@ -77,12 +77,10 @@ def check_source(source: "Source", parts: Sequence[Part]) -> SourceCheck:
     return SourceCheck(expected, moved, (*chain.from_iterable(changed.values()), *beyond), tuple(notices))
 
 
-def _path(part: Part) -> str:
-    return str(part.info.source["path"])
-
-
 def _changes(shard: "Shard", parts: Sequence[Part], moved: Mapping[str, str]) -> tuple[Fault, ...]:
-    other = [part for part in parts if _path(part) not in moved and part.info.source != shard.identity]
+    other = [
+        part for part in parts if part.info.source_path not in moved and part.info.source != shard.identity
+    ]
     if not other:
         return ()
     differing = {key for part in other for key in differing_keys(part.info.source, shard.identity)}

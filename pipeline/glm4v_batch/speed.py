@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from glm4v_batch.memory import FloatArray, fit_multiples
+from glm4v_batch.activations import FloatArray
+from glm4v_batch.memory import fit_multiples
 from glm4v_batch.survey import Survey
 from glm4v_batch.types import BatchRun, Device, RequestSize
 

@@ -34,7 +34,7 @@ def read_status(folder: Path) -> Status:
         raise OutputError(f"{folder} is not an output folder of glm4v-batch: it has no parts.")
     sources: Counter[str] = Counter()
     for part in parts:
-        sources[str(part.info.source["path"])] += part.info.num_rows
+        sources[part.info.source_path] += part.info.num_rows
     return Status(
         folder=folder,
         job_name=job_name(folder),

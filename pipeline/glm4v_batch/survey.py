@@ -75,11 +75,6 @@ class Survey:
             new_tokens=max(1, math.ceil(sum(s.new_tokens for s in self.sizes) / num)),
         )
 
-    @property
-    def largest(self) -> RequestSize | None:
-        """The most of each measure that any request has; None where no request was sampled."""
-        return _largest(self.sizes) if self.sizes else None
-
 
 def survey(
     source: Source,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import RecordError
+from glm4v_batch.errors import RecordError
 
 
 class TemplateError(ValueError):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,6 +167,17 @@ class BatchShape:
     kv_tokens: int
     mask_cells: int
 
+    @classmethod
+    def padded(cls, batch_size: int, prompt_tokens: int, visual_patches: int, new_tokens: int) -> Self:
+        """The shape of *batch_size* requests: the longest prompt and answer, and the patches of all."""
+        return cls(
+            batch_size=batch_size,
+            padded_tokens=batch_size * prompt_tokens,
+            visual_patches=visual_patches,
+            kv_tokens=batch_size * (prompt_tokens + new_tokens),
+            mask_cells=batch_size * prompt_tokens**2,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class PeakSample:
@@ -287,11 +298,6 @@ class Device:
     def label(self) -> str:
         """The device's name for people, as nvidia-smi numbers it."""
         return "CPU" if self.index is None else f"GPU {self.index}"
-
-    @property
-    def torch_name(self) -> str:
-        """The device's name in torch, such as `cuda:0`."""
-        return "cpu" if self.index is None else f"cuda:{self.index}"
 
 
 Spot = int | Literal["cpu", "disk"]

@@ -287,7 +287,7 @@ def _other_jobs(parts: Sequence[Part]) -> Iterator[Fault]:
 def _other_versions(parts: Sequence[Part]) -> Iterator[Fault]:
     versions: defaultdict[str, dict[str, Part]] = defaultdict(dict)
     for part in parts:
-        versions[_path(part)].setdefault(repr(sorted(part.info.source.items())), part)
+        versions[part.info.source_path].setdefault(repr(sorted(part.info.source.items())), part)
     for path, found in versions.items():
         if len(found) > 1:
             names = [part.path.name for part in found.values()]
@@ -302,7 +302,7 @@ def _other_versions(parts: Sequence[Part]) -> Iterator[Fault]:
 
 def _overlaps(parts: Sequence[Part], moved: Mapping[str, str]) -> Iterator[Fault]:
     def place(part: Part) -> tuple[str, int]:
-        return moved.get(_path(part), _path(part)), part.info.first_row
+        return moved.get(part.info.source_path, part.info.source_path), part.info.first_row
 
     widest: Part | None = None
     for part in sorted(parts, key=place):
@@ -321,10 +321,6 @@ def _overlaps(parts: Sequence[Part], moved: Mapping[str, str]) -> Iterator[Fault
         widest = part
 
 
-def _path(part: Part) -> str:
-    return str(part.info.source["path"])
-
-
 def _rows(rows: range) -> str:
     return f"row {rows.start}" if len(rows) == 1 else f"rows {rows.start}–{rows.stop - 1}"
 
@@ -333,7 +329,7 @@ def _count(checks: Sequence[PartCheck], against: SourceCheck) -> list[SourceCoun
     by_path: defaultdict[str, list[PartCheck]] = defaultdict(list, {path: [] for path in against.expected})
     for check in checks:
         if check.info is not None:
-            path = str(check.info.source["path"])
+            path = check.info.source_path
             by_path[against.moved.get(path, path)].append(check)
     return [_count_source(path, found, against.expected.get(path)) for path, found in by_path.items()]
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from .errors import JobError
+from glm4v_batch.errors import JobError
 
 Location = tuple[str | int, ...]
 """Where a setting stands: ("prompt", "user")."""

@@ -8,10 +8,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from glm4v_batch.activations import prior_coefficients
 from glm4v_batch.engines.generate import GenerateEngine
 from glm4v_batch.engines.loading import load_engine
 from glm4v_batch.executor import replica_settings
-from glm4v_batch.memory import MemoryModel, prior_coefficients
+from glm4v_batch.memory import MemoryModel
 from glm4v_batch.plan import make_plan, open_job
 from glm4v_batch.types import Completion, Request
 from tests.e2e.command import MODEL, ROOT, run_command

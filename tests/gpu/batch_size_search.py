@@ -21,12 +21,13 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, GenerationConfig, Glm4vConfig
 
+from glm4v_batch.activations import prior_coefficients
 from glm4v_batch.checkpoint import ImageProcessing
 from glm4v_batch.devices import let_segments_grow
 from glm4v_batch.engines.generate import GenerateEngine, Vocabulary
 from glm4v_batch.images import normalisation_table, resized_size
 from glm4v_batch.job import GenerationSettings
-from glm4v_batch.memory import MemoryModel, prior_coefficients
+from glm4v_batch.memory import MemoryModel
 from glm4v_batch.meters import CudaMeter
 from glm4v_batch.report import batch_figures
 from glm4v_batch.types import BatchRun, Completion, Failure, ModelInputs, Request

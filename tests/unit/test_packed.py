@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from glm4v_batch.activations import packed_coefficients
+from glm4v_batch.activations import packed_coefficients, prior_coefficients
 from glm4v_batch.engines import packed, packed_graphs, packed_model, packed_rows
 from glm4v_batch.engines.generate import GenerateEngine, Vocabulary
 from glm4v_batch.engines.packed import PackedEngine
@@ -24,7 +24,7 @@ from glm4v_batch.engines.packed_work import Work
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.kv_pool import KVPool
-from glm4v_batch.memory import MemoryModel, prior_coefficients
+from glm4v_batch.memory import MemoryModel
 from glm4v_batch.packed_limits import PackedLimits
 from glm4v_batch.types import (
     BatchRun,

@@ -206,16 +206,14 @@ def test_without_any_request_nothing_is_typical() -> None:
 
     assert found.failures == {"prompt_missing_column": 10}
     assert found.typical is None
-    assert found.largest is None
 
 
-def test_typical_is_the_mean_and_largest_the_most_of_each_measure() -> None:
+def test_typical_is_the_mean_of_each_measure() -> None:
     sizes = (RequestSize(10, 400, 5), RequestSize(31, 0, 5))
 
     found = Survey((sizes,), {})
 
     assert found.typical == RequestSize(21, 200, 5)
-    assert found.largest == RequestSize(31, 400, 5)
 
 
 sides = st.integers(1, 60) | st.integers(1, 20_000)

@@ -33,9 +33,6 @@ from glm4v_batch.types import GridTHW
 _log = logging.getLogger(__name__)
 _MOST_COMPILED = 64
 
-FAMILIES = ("glm4v", "glm46v", "glm4v_moe", "glm_ocr")
-"""The model types whose modules are called as here."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Stage:

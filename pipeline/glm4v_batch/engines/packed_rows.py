@@ -13,6 +13,7 @@ from torch import Tensor
 from glm4v_batch.engines.packed_attention import Packing, Sequences
 from glm4v_batch.engines.packed_graphs import Graphs
 from glm4v_batch.engines.packed_model import PackedModel
+from glm4v_batch.engines.packed_vision import sent
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.kv_pool import KVPool
 from glm4v_batch.next_tokens import RowHistory, next_tokens
@@ -174,14 +175,14 @@ class DecodeRows:
             ]
             for e in entries
         ]  # fmt: skip
-        rows = self._send(torch.tensor([e.row for e in entries]))
-        self._numbers[:, rows] = self._send(torch.tensor(columns).T.contiguous())
+        rows = sent(torch.tensor([e.row for e in entries]), self._model.device)
+        self._numbers[:, rows] = sent(torch.tensor(columns).T.contiguous(), self._model.device)
         # To assign False would copy it from the host, and wait for all that is under way.
         self._is_live.index_fill_(0, rows, value=False)
         if self._seen is not None:
             for entry in entries:
                 seen = self._seen[entry.row].zero_()
-                seen.index_fill_(0, self._send(entry.input_ids), value=True)
+                seen.index_fill_(0, sent(entry.input_ids, self._model.device), value=True)
 
     @torch.inference_mode()
     def leave(self) -> None:
@@ -208,7 +209,7 @@ class DecodeRows:
         on_host, lengths = _numbers_of(
             pieces, sizes, padding_place=self._pool.num_tokens + len(self._is_live)
         )
-        numbers = _Numbers(*torch.split(self._send(on_host), lengths))
+        numbers = _Numbers(*torch.split(sent(on_host, self._model.device), lengths))
         step = self._step_of(pieces, numbers)
         tokens_R = self._graphs.run(self._tokens_of, step) if self._graphs else self._tokens_of(step)
         return self._advance(tokens_R, numbers.is_fresh.bool())
@@ -271,11 +272,6 @@ class DecodeRows:
             kept[:num_rows].copy_(new)
         is_live.copy_(lives_on)
         return answer
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        if self._model.device.type == "cuda":
-            return tensor.pin_memory().to(self._model.device, non_blocking=True)
-        return tensor
 
 
 def _numbers_of(pieces: Sequence[Piece], sizes: StepSizes, padding_place: int) -> tuple[Tensor, list[int]]:

@@ -78,12 +78,12 @@ def open_source(
     """
     match settings:
         case ParquetSettings():
-            from .parquet import ParquetSource
-            from .reader import Reader
+            from glm4v_batch.sources.parquet import ParquetSource
+            from glm4v_batch.sources.reader import Reader
 
             return ParquetSource(Reader(settings, columns, own_output), settings, columns)
         case DatasetSettings():
-            from .dataset import open_dataset
+            from glm4v_batch.sources.dataset import open_dataset
 
             return open_dataset(settings, columns)
     assert_never(settings)

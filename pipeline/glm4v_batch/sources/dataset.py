@@ -18,10 +18,9 @@ import pyarrow as pa
 
 from glm4v_batch.errors import JobError, SourceError, first_line, sanitise
 from glm4v_batch.job import DatasetSettings
+from glm4v_batch.sources import RecordColumns, Shard, cut
+from glm4v_batch.sources.cells import Layout, check_image_column, records
 from glm4v_batch.types import Chunk, Record
-
-from . import RecordColumns, Shard, cut
-from .cells import Layout, check_image_column, records
 
 _ROWS_PER_READ = 32
 _SAMPLE_ROWS = 16

@@ -22,12 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from glm4v_batch.errors import PlacementError, SourceError, first_line, on_one_line
 from glm4v_batch.job import ParquetSettings
+from glm4v_batch.sources import RecordColumns, Shard, cut
+from glm4v_batch.sources.cells import Layout, check_image_column, records
+from glm4v_batch.sources.listing import file_system, find_files
 from glm4v_batch.types import Chunk, Record
 from glm4v_batch.units import format_bytes
-
-from . import RecordColumns, Shard, cut
-from .cells import Layout, check_image_column, records
-from .listing import file_system, find_files
 
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 << 10

@@ -28,10 +28,9 @@ from glm4v_batch.confinement import (
 )
 from glm4v_batch.errors import Glm4vBatchError, SourceError, on_one_line
 from glm4v_batch.job import ParquetSettings
-
-from . import RecordColumns
-from .listing import find_files, is_local
-from .parquet import REPLACE, Fault, Files, Opened, ParquetFiles, Piece, fault_of, refuse
+from glm4v_batch.sources import RecordColumns
+from glm4v_batch.sources.listing import find_files, is_local
+from glm4v_batch.sources.parquet import REPLACE, Fault, Files, Opened, ParquetFiles, Piece, fault_of, refuse
 
 _MEMORY_BYTES = 2 * 1024**3
 _OPEN_SECONDS = 3600.0
