@@ -7,6 +7,7 @@ own Python instead is refused here, before anything of it is loaded.
 import errno
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -174,7 +175,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises JobError where it cannot be read.
     """
     with _reading(path), path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header = json.loads(_safetensors_header(file))
     return {
         name: StoredTensor(
             entry["dtype"], prod(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
@@ -420,7 +421,7 @@ def _weight_fault(path: Path) -> str:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            header = file.read(min(size, int.from_bytes(file.read(8), "little")))
+            header = _safetensors_header(file)
         expected = 8 + len(header) + max((end for _, end in _tensor_ranges(header)), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
         return "has no safetensors header"
@@ -445,7 +446,7 @@ def _hash_samples(path: Path) -> str:
     """The hash of a safetensors file's size, its header, and both ends of each of its tensors."""
     digest = hashlib.sha256(str(path.stat().st_size).encode())
     with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
+        header = _safetensors_header(file)
         digest.update(header)
         for start, end in _tensor_ranges(header):
             _update(digest, file, 8 + len(header) + start, min(_SAMPLE_BYTES, end - start))
@@ -456,6 +457,12 @@ def _hash_samples(path: Path) -> str:
                 min(_SAMPLE_BYTES, end - start),
             )
     return digest.hexdigest()
+
+
+def _safetensors_header(file: BinaryIO) -> bytes:
+    """The JSON at the beginning of a safetensors file, as far as there is any."""
+    num_bytes = int.from_bytes(file.read(8), "little")
+    return file.read(min(num_bytes, os.fstat(file.fileno()).st_size))
 
 
 def _tensor_ranges(header: bytes) -> list[tuple[int, int]]:

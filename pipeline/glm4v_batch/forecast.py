@@ -149,7 +149,7 @@ def _packed_rows(job: Job, forecast: Forecast, replica: Replica) -> int:
     """How many typical requests the packed engine is expected to have in hand at once."""
     standing = standing_bytes(replica, forecast.needs)
     room = [
-        int(device.usable_bytes * job.devices.memory_fraction) - weights
+        device.budget_bytes(job.devices.memory_fraction) - weights
         for device, weights in zip(replica.devices, standing, strict=True)
     ]
     limits = packed_limits(packed_demand(job, forecast, replica), room)

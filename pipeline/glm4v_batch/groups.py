@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.job import DeviceSettings
-from glm4v_batch.layouts import Demand, budget_bytes, has_room
+from glm4v_batch.layouts import Demand, has_room
 from glm4v_batch.types import Device
 
 
@@ -59,12 +59,13 @@ def fewest(
 def _candidates(left: Sequence[Device], settings: DeviceSettings, size: int) -> Iterator[Sequence[Device]]:
     """The largest of *left* with the *size* − 1 smallest others, then with ever larger ones."""
     able = sorted(
-        left if size == 1 else able_to_share(left), key=lambda device: -budget_bytes(device, settings)
+        left if size == 1 else able_to_share(left),
+        key=lambda device: -device.budget_bytes(settings.memory_fraction),
     )
     if size == 1:
         yield able[:1]
         return
-    others = sorted(able[1:], key=lambda device: budget_bytes(device, settings))
+    others = sorted(able[1:], key=lambda device: device.budget_bytes(settings.memory_fraction))
     for start in range(len(others) - size + 2):
         yield [*able[:1], *others[start : start + size - 1]]
 
@@ -106,7 +107,7 @@ def able_to_share(devices: Sequence[Device]) -> Sequence[Device]:
 def _most_able(devices: Sequence[Device], settings: DeviceSettings) -> Iterator[Sequence[Device]]:
     """The groups of which one has room if any has, as a device more never takes room away."""
     size = settings.gpus_per_replica
-    able = sorted(able_to_share(devices), key=lambda device: -budget_bytes(device, settings))
+    able = sorted(able_to_share(devices), key=lambda device: -device.budget_bytes(settings.memory_fraction))
     if able:
         yield sorted(able if size == "auto" else able[:size], key=devices.index)
     if size in ("auto", 1):

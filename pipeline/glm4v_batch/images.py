@@ -38,7 +38,9 @@ from glm4v_batch.failure_codes import FailureCode
 from glm4v_batch.types import GridTHW, ImageRef
 from glm4v_batch.units import format_bytes, format_count
 
-_MAX_ASPECT = 200
+MAX_ASPECT = 200
+"""The longer side of an image may be so many times the shorter one: the model refuses others."""
+
 _PILLOW_PIXELS = 89_478_485  # Image.MAX_IMAGE_PIXELS, above which Pillow warns
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -161,8 +163,8 @@ def resized_size(height: int, width: int, processing: ImageProcessing) -> tuple[
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
-    if max(height, width) > _MAX_ASPECT * min(height, width):
-        raise RecordError("decode", "image_aspect", f"one side is over {_MAX_ASPECT} times the other")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise RecordError("decode", "image_aspect", f"one side is over {MAX_ASPECT} times the other")
     rows, columns = round(height / factor), round(width / factor)
     frame_pixels = frames * rows * columns * factor**2
     if frame_pixels > processing.max_frame_pixels:

@@ -36,10 +36,9 @@ class Demand:
     host_bytes: float
     image_patches: float = inf
 
-
-def budget_bytes(device: Device, settings: DeviceSettings) -> int:
-    """What the model and its batches may take of *device*."""
-    return int(device.usable_bytes * settings.memory_fraction)
+    def budgets_bytes(self, devices: Sequence[Device]) -> list[int]:
+        """What the job may have in use on each of *devices*."""
+        return [device.budget_bytes(self.settings.memory_fraction) for device in devices]
 
 
 def lay(devices: Sequence[Device], demand: Demand) -> Replica | None:
@@ -84,7 +83,7 @@ def _packed(
     *,
     whole_vision: bool,
 ) -> Packing | None:
-    needs, budgets = demand.needs, [budget_bytes(device, demand.settings) for device in devices]
+    needs, budgets = demand.needs, demand.budgets_bytes(devices)
     away = set(offloaded)
     kept = replace(needs, modules=tuple(module for module in needs.modules if module not in away))
     costs = RunCosts(needs, pieces_of(kept, whole_vision=whole_vision), offloaded)

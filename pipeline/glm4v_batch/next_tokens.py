@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from glm4v_batch.job import GenerationSettings
-from glm4v_batch.sampling import gumbel_noise
+from glm4v_batch.sampling import gumbel_noise, warpers
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +43,6 @@ def penalised(scores_RV: Tensor, seen_RV: Tensor, penalty: float) -> Tensor:
 
 
 def _warped(scores_RV: Tensor, settings: GenerationSettings) -> Tensor:
-    # Transformers' own warpers, which look at nothing but the scores.
-    warpers = [TemperatureLogitsWarper(float(settings.temperature))]
-    if settings.top_k is not None:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p is not None:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    for warper in warpers:
-        scores_RV = warper(None, scores_RV)
+    for warper in warpers(settings):
+        scores_RV = warper(None, scores_RV)  # which looks at nothing but the scores
     return scores_RV

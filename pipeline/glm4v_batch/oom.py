@@ -33,14 +33,8 @@ def run_or_split(batch: Sequence[Request], attempt: Attempt) -> Iterator[Result]
 
 def out_of_memory(request: Request) -> Failure:
     """The failure of a request that does not fit even alone."""
-    return Failure(
-        record_id=request.record_id,
-        chunk_id=request.chunk_id,
-        row=request.row,
-        stage="generate",
-        code="out_of_memory",
-        message=(
-            f"does not fit in memory even alone: {request.prompt_tokens} prompt tokens, "
-            f"{request.visual_patches} visual patches; lower images.max_pixels"
-        ),
+    return request.failed(
+        "out_of_memory",
+        f"does not fit in memory even alone: {request.prompt_tokens} prompt tokens, "
+        f"{request.visual_patches} visual patches; lower images.max_pixels",
     )

@@ -21,7 +21,7 @@ from glm4v_batch.device_map import check_map, compact_map, spots_of
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.groups import able_to_share, fewest, for_each, groups_of, refuse_shared_mig, without_offload
 from glm4v_batch.job import DeviceSettings
-from glm4v_batch.layouts import Demand, budget_bytes, lay
+from glm4v_batch.layouts import Demand, lay
 from glm4v_batch.memory import MemoryModel
 from glm4v_batch.needs import ModelNeeds, ModuleNeed
 from glm4v_batch.packed_limits import PackedNeeds
@@ -50,7 +50,7 @@ def place(
     *image_patches* is the most that one image may have. Raises PlacementError with the numbers where
     something does not fit, JobError where the job's own map is wrong.
     """
-    host_bytes = inf if host is None else budget_bytes(host, settings)
+    host_bytes = inf if host is None else host.budget_bytes(settings.memory_fraction)
     demand = Demand(needs, settings, worst, typical, host_bytes, image_patches)
     if devices[0].index is None:
         return _on_the_cpu(devices[0], demand)
@@ -116,7 +116,7 @@ def expected_batch_size(
     """
     memory = MemoryModel(standing_bytes(replica, needs), priors(replica, needs), samples)
     memory.trust = 1.0
-    budgets = [int(device.usable_bytes * memory_fraction) for device in replica.devices]
+    budgets = [device.budget_bytes(memory_fraction) for device in replica.devices]
     return largest(lambda num_requests: memory.fits(batch_of(typical, num_requests), budgets))
 
 
@@ -221,7 +221,7 @@ def _refuse_overfull(replica: Replica, chosen: Sequence[Device], demand: Demand,
     memory = MemoryModel(fixed, priors(replica, demand.needs))
     memory.trust = 1.0
     worst = batch_of(demand.worst)
-    if not memory.fits(worst, [budget_bytes(device, demand.settings) for device in replica.devices]):
+    if not memory.fits(worst, demand.budgets_bytes(replica.devices)):
         taken = [
             held + ceil((predicted - held) * (1 + memory.margin))
             for held, predicted in zip(fixed, memory.predict(worst), strict=True)

@@ -123,7 +123,7 @@ def _room(replica: "Replica", needs: "ModelNeeds", memory_fraction: float) -> It
 
     standing = standing_bytes(replica, needs)
     for device, weights, kept in zip(replica.devices, replica.weight_bytes, standing, strict=True):
-        budget = int(device.usable_bytes * memory_fraction)
+        budget = device.budget_bytes(memory_fraction)
         passing = f", {format_bytes(kept - weights)} for those passing through" if kept > weights else ""
         yield (
             f"{device.label}: budget {format_bytes(budget)}, weights {format_bytes(weights)}{passing}, "
@@ -181,7 +181,7 @@ def _replica_as_dict(forecast: "Forecast", index: int, memory_fraction: float) -
     from glm4v_batch.placement import standing_bytes
 
     replica, reason = forecast.placement.replicas[index], forecast.reasons_for_generate[index]
-    budgets = [int(device.usable_bytes * memory_fraction) for device in replica.devices]
+    budgets = [device.budget_bytes(memory_fraction) for device in replica.devices]
     standing = standing_bytes(replica, forecast.needs)
     return {
         "engine": "packed" if reason is None else "generate",

@@ -144,7 +144,7 @@ class Replicas:
 
     def _trusted(self, request: Request) -> list["_Replica"]:
         """The living replicas that *request* has killed least: none of them, as long as there is one."""
-        deaths = self._suspicions.get(_key(request), _Suspicion()).deaths
+        deaths = self._suspicions.get(request.key, _Suspicion()).deaths
         fewest = min(deaths[replica.index] for replica in self._living())
         return [replica for replica in self._living() if deaths[replica.index] == fewest]
 
@@ -276,7 +276,7 @@ class Replicas:
 
     def _requeue(self, held: Sequence[Request], replica: "_Replica", reason: str) -> Iterator[Failure]:
         for request in reversed(held):
-            key = _key(request)
+            key = request.key
             if key in replica.suspects and not replica.has_no_room:
                 self._suspicions[key].add(replica)
             suspicion = self._suspicions.get(key, _Suspicion())
@@ -357,7 +357,7 @@ class _Replica:
 
     def send(self, request: Request) -> None:
         """Have it answer *request* together with others."""
-        self.unanswered[_key(request)] = request
+        self.unanswered[request.key] = request
         self.ahead_bytes.append(request.inputs.patches.nbytes)
         self.send_message(request)
 
@@ -401,19 +401,9 @@ class _Replica:
         self.in_hand = frozenset()
 
 
-def _key(request: Request) -> _Key:
-    return request.chunk_id, request.row
-
-
 def _crash_of(request: Request, suspicion: _Suspicion, reason: str) -> Failure:
-    return Failure(
-        record_id=request.record_id,
-        chunk_id=request.chunk_id,
-        row=request.row,
-        stage="generate",
-        code="replica_crashed",
-        message=sanitise(
-            f"replicas died over it {suspicion.deaths.total()} times, the last "
-            f"{suspicion.num_alone} with nothing else in hand: {reason}"
-        ),
+    message = (
+        f"replicas died over it {suspicion.deaths.total()} times, the last "
+        f"{suspicion.num_alone} with nothing else in hand: {reason}"
     )
+    return request.failed("replica_crashed", sanitise(message))

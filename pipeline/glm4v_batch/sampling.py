@@ -13,7 +13,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import (
+    LogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from glm4v_batch.job import GenerationSettings
 
 _MASK = (1 << 63) - 1
 
@@ -22,6 +29,16 @@ def row_seed(seed: int, record_id: str, row: int) -> int:
     """The 63 bits that a record's noise starts from."""
     digest = hashlib.sha256(f"{seed}\0{record_id}\0{row}".encode()).digest()
     return int.from_bytes(digest[:8], "big") & _MASK
+
+
+def warpers(settings: GenerationSettings) -> list[LogitsProcessor]:
+    """Transformers' own changes of scores before a token is drawn, in its order; the temperature is not 0."""
+    changes: list[LogitsProcessor] = [TemperatureLogitsWarper(float(settings.temperature))]
+    if settings.top_k is not None:
+        changes.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None:
+        changes.append(TopPLogitsWarper(settings.top_p))
+    return changes
 
 
 class SeededGumbel(LogitsProcessor):  # type: ignore[misc]  # Any to mypy

@@ -6,7 +6,7 @@ from dataclasses import replace
 from glm4v_batch.errors import PlacementError
 from glm4v_batch.groups import able_to_share, finds_room
 from glm4v_batch.job import DeviceSettings
-from glm4v_batch.layouts import Demand, budget_bytes
+from glm4v_batch.layouts import Demand
 from glm4v_batch.needs import ModuleNeed
 from glm4v_batch.packing import largest
 from glm4v_batch.reasons import names_of, request_bytes, request_named
@@ -65,7 +65,7 @@ def overfull(
 def _described(device: Device, settings: DeviceSettings) -> str:
     others = f", {format_bytes(device.others_bytes)} of it held by others" if device.others_bytes else ""
     limit = "" if device.limit_bytes is None else f", limited to {format_bytes(device.limit_bytes)}"
-    budget = format_bytes(budget_bytes(device, settings))
+    budget = format_bytes(device.budget_bytes(settings.memory_fraction))
     return (
         f"{names_of([device])} ({device.name}): {format_bytes(device.total_bytes)}{others}{limit}; "
         f"may hold {budget} (devices.memory_fraction: {settings.memory_fraction:g})"

@@ -17,7 +17,7 @@ import numpy as np
 
 from glm4v_batch.checkpoint import ImageProcessing
 from glm4v_batch.errors import RecordError
-from glm4v_batch.images import open_image, visual_grid, visual_tokens, with_pixel_limits
+from glm4v_batch.images import MAX_ASPECT, open_image, visual_grid, visual_tokens, with_pixel_limits
 from glm4v_batch.preprocess import (
     PreprocessSettings,
     check_readable,
@@ -31,7 +31,6 @@ from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request, Requ
 
 _NUM_PLACES = 16
 _DEEPEST_FRACTION = 0.25
-_LARGEST_ASPECT = 200  # images.resized_size refuses an image that is thinner
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +135,13 @@ def most_visual_tokens(processing: ImageProcessing) -> int:
     most, fewest = (
         limit / pixels_per_token for limit in (processing.max_frame_pixels, processing.min_frame_pixels)
     )
-    shrunk = math.floor(math.sqrt(_LARGEST_ASPECT * most)) if most < _LARGEST_ASPECT else 0
+    shrunk = math.floor(math.sqrt(MAX_ASPECT * most)) if most < MAX_ASPECT else 0
     return max(math.floor(most), shrunk, _most_grown_tokens(fewest))
 
 
 def _most_grown_tokens(fewest: float) -> int:
     # Sides x ≥ y with x·y = fewest become ⌈x⌉·⌈y⌉; for each ⌈y⌉ the longest x has the smallest y.
-    smallest = math.sqrt(fewest / _LARGEST_ASPECT)
+    smallest = math.sqrt(fewest / MAX_ASPECT)
     return max(
         rows * math.ceil(fewest / max(rows - 1, smallest))
         for rows in range(math.ceil(smallest), math.ceil(math.sqrt(fewest)) + 1)

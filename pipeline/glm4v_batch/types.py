@@ -121,6 +121,15 @@ class Request:
     max_new_tokens: int
     inputs: ModelInputs = field(repr=False)
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Its chunk and row, which no other record of the job has."""
+        return self.chunk_id, self.row
+
+    def failed(self, code: FailureCode, message: str) -> "Failure":
+        """The failure of a request that the engine has no answer for."""
+        return Failure(self.record_id, self.chunk_id, self.row, "generate", code, message)
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -288,6 +297,10 @@ class Device:
         """What tensors may take: what is free beside CUDA's own context, within the job's limit."""
         room = self.free_bytes - (0 if self.index is None else _CONTEXT_BYTES)
         return max(0, room if self.limit_bytes is None else min(room, self.limit_bytes))
+
+    def budget_bytes(self, memory_fraction: float) -> int:
+        """What a run may have in use here, the weights included."""
+        return int(self.usable_bytes * memory_fraction)
 
     @property
     def others_bytes(self) -> int:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glm4v_batch.errors import PlacementError
-from glm4v_batch.replicas import Learn, Replicas, ReplicasLostError, _key, _Replica
+from glm4v_batch.replicas import Learn, Replicas, ReplicasLostError, _Replica
 from glm4v_batch.types import (
     BatchRun,
     Completion,
@@ -225,13 +225,13 @@ def test_a_death_makes_what_was_in_hand_suspect_and_a_crowded_gpu_does_not(has_n
     replicas = Replicas(load, [])
     child: Any = None
     held = [request(row) for row in range(3)]
-    replica = _Replica(0, child, has_no_room=has_no_room, in_hand=frozenset(map(_key, held[:2])))
-    replica.unanswered = {_key(each): each for each in held}
+    replica = _Replica(0, child, has_no_room=has_no_room, in_hand=frozenset(each.key for each in held[:2]))
+    replica.unanswered = {each.key: each for each in held}
 
     assert list(replicas._requeue(held, replica, "gone")) == []
 
     assert list(replicas._waiting) == held
-    assert set(replicas._suspicions) == (set() if has_no_room else set(map(_key, held[:2])))
+    assert set(replicas._suspicions) == (set() if has_no_room else {each.key for each in held[:2]})
 
 
 def test_a_replica_that_never_loads_is_given_up_and_the_others_do_its_work(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class EchoEngine:
         while not self._is_draining and (batch := list(islice(iterator, self._batch_size))):
             requests = [item for item in batch if isinstance(item, Request)]
             if requests:
-                yield BatchStart(tuple((r.chunk_id, r.row) for r in requests))
+                yield BatchStart(tuple(request.key for request in requests))
             if requests and self._batch_seconds:
                 time.sleep(self._batch_seconds)  # stands for a model's work
             yield from (_echo(item) if isinstance(item, Request) else item for item in batch)

@@ -15,9 +15,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from glm4v_batch.checkpoint import Checkpoint
@@ -27,7 +24,7 @@ from glm4v_batch.images import normalisation_table
 from glm4v_batch.job import GenerationSettings
 from glm4v_batch.memory import MemoryModel, Meter
 from glm4v_batch.oom import run_or_split
-from glm4v_batch.sampling import SeededGumbel, row_seed
+from glm4v_batch.sampling import SeededGumbel, row_seed, warpers
 from glm4v_batch.scheduler import Scheduler, batch_shape
 from glm4v_batch.types import BatchRun, BatchStart, Completion, Failure, FinishReason, PeakSample, Request
 
@@ -120,7 +117,7 @@ class GenerateEngine:
         budget = self._room.budget_bytes()
         self._meter.trim(budget)
         batch = self._scheduler.next_batch(budget)
-        yield BatchStart(tuple((r.chunk_id, r.row) for r in batch))
+        yield BatchStart(tuple(request.key for request in batch))
         yield from run_or_split(batch, self._attempt)
         yield from self._runs
         self._runs.clear()
@@ -213,11 +210,7 @@ class GenerateEngine:
         settings, processors = self._generation, LogitsProcessorList()
         if settings.temperature == 0:
             return processors
-        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k is not None:
-            processors.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p is not None:
-            processors.append(TopPLogitsWarper(settings.top_p))
+        processors += warpers(settings)
         seeds = [row_seed(settings.seed, r.record_id, r.row) for r in batch]
         processors.append(SeededGumbel(seeds, prompt_length))
         return processors

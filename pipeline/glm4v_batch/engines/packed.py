@@ -181,7 +181,7 @@ class PackedEngine:
         """Encode images where prompts run short, take one step, and hand on what has ended meanwhile."""
         if chosen := self._next_to_encode():
             in_hand = [*chosen, *self._encoded, *filter(None, self._by_row)]
-            yield BatchStart(tuple((work.request.chunk_id, work.request.row) for work in in_hand))
+            yield BatchStart(tuple(work.request.key for work in in_hand))
             self._encode(chosen)
         was_launched = self._step()
         # One step stays under way while the next is made ready, so that the device never waits for the host.
@@ -504,10 +504,7 @@ class PackedEngine:
         return any(now < _CROWDED_FRACTION * first for now, first in pairs)
 
     def _fail(self, work: Work, message: str) -> None:
-        request = work.request
-        self._failed.append(
-            Failure(request.record_id, request.chunk_id, request.row, "generate", "out_of_memory", message)
-        )
+        self._failed.append(work.request.failed("out_of_memory", message))
 
 
 class _Answers:
