@@ -18,7 +18,7 @@ from glm4v_batch.job import Job
 from glm4v_batch.needs import ModelNeeds, read_needs
 from glm4v_batch.packed_limits import CPU_ROWS, GPU_ROWS, PackedDemand, packed_limits, tokens_of
 from glm4v_batch.placement import expected_batch_size, packed_needs, place, standing_bytes
-from glm4v_batch.preprocess import PreprocessSettings
+from glm4v_batch.prepare import PreprocessSettings
 from glm4v_batch.report import read_report, read_runs
 from glm4v_batch.sources import Source
 from glm4v_batch.speed import TimeEstimate, WorkAhead, estimate, prior_seconds, side_by_side

@@ -17,7 +17,7 @@ from glm4v_batch.images import ImageLimits, with_pixel_limits
 from glm4v_batch.job import Job
 from glm4v_batch.output import committed_parts, fingerprint
 from glm4v_batch.parts import Part, check_name, gaps
-from glm4v_batch.preprocess import PreprocessSettings
+from glm4v_batch.prepare import PreprocessSettings
 from glm4v_batch.retry import Retries, find_retries
 from glm4v_batch.sources import (
     RecordColumns,

@@ -1,4 +1,4 @@
-"""Make requests of records: decode, resize, render, tokenise, in worker processes that may die.
+"""Prepare records in worker processes that may die.
 
 Each worker has a thread of the driver and a pipe to itself, so a worker that crashes, hangs or eats
 its memory takes nothing with it but the group of records it holds; these are then tried one by one.
@@ -13,17 +13,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Protocol, Self, cast
-
-import numpy as np
+from typing import Self, cast
 
 from glm4v_batch import wire
-from glm4v_batch.checkpoint import Checkpoint
 from glm4v_batch.child import Child, End
 from glm4v_batch.confinement import (
     allow_cpu,
@@ -33,56 +29,25 @@ from glm4v_batch.confinement import (
     leave_no_core,
     limit_memory,
 )
-from glm4v_batch.errors import Glm4vBatchError, PlacementError, RecordError, place_of, sanitise
-from glm4v_batch.failure_codes import FailureCode, Stage
-from glm4v_batch.images import (
-    ImageLimits,
-    ImagePatches,
-    heed_only_bombs,
-    read_image,
-    visual_tokens,
-    with_pixel_limits,
+from glm4v_batch.errors import Glm4vBatchError, PlacementError
+from glm4v_batch.failure_codes import FailureCode
+from glm4v_batch.images import heed_only_bombs
+from glm4v_batch.prepare import (
+    NO_MEMORY,
+    Item,
+    Prepare,
+    Prepared,
+    Preprocessor,
+    PreprocessSettings,
+    failure_of,
 )
-from glm4v_batch.prompts import PromptRenderer
-from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request
-from glm4v_batch.units import format_bytes
+from glm4v_batch.types import Request
 
 _START_SECONDS = 120
 _READY = "ready"
 _PORTION_SECONDS = 0.25
 _DEATHS_ALONE = 2
 _KILLS_ALONE = 5
-_NO_MEMORY = "preparing it took more memory than a decoder may use"
-
-Item = tuple[Chunk, Record]
-Prepared = Request | Failure
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreprocessSettings:
-    """What turns a record into a request. It is sent to the workers once, when they start.
-
-    *min_pixels* and *max_pixels* count height × width of one image; None keeps the checkpoint's.
-    *record_seconds* is the patience with one record by the clock, so that a busy machine fails none;
-    *record_cpu_seconds* is what its decoder may work for it.
-    """
-
-    checkpoint: Checkpoint
-    system: str | None
-    user: str
-    max_new_tokens: int
-    max_new_tokens_column: str | None = None
-    root: Path | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    record_seconds: float = 180
-    record_cpu_seconds: float = 60
-    worker_memory_bytes: int = 4 * 1024**3
-
-    def renderer(self) -> PromptRenderer:
-        """The checkpoint's tokenizer with the job's prompt. Making one takes a while."""
-        return PromptRenderer(self.checkpoint, system=self.system, user=self.user)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,104 +60,7 @@ class LookAhead:
     bytes_per_group: int = 4 * 1024**2
 
 
-class Prepare(Protocol):
-    """Makes a request of a record, or says why there is none."""
-
-    def __call__(self, chunk: Chunk, record: Record) -> Prepared:
-        """The request of *record*, or its failure; never an exception for the record's own trouble."""
-        ...
-
-
 MakePrepare = Callable[[PreprocessSettings], Prepare]
-
-
-class Preprocessor:
-    """Prepares records one at a time; it owns the tokenizer."""
-
-    def __init__(self, settings: PreprocessSettings) -> None:
-        self._settings = settings
-        self._renderer = settings.renderer()
-        self._processing = with_pixel_limits(
-            settings.checkpoint.images, settings.min_pixels, settings.max_pixels
-        )
-
-    def __call__(self, chunk: Chunk, record: Record) -> Prepared:
-        """The request of *record*. Whatever goes wrong with the record becomes its failure."""
-        return request_or_failure(self._request, chunk, record)
-
-    def _request(self, chunk: Chunk, record: Record) -> Request:
-        settings, processing = self._settings, self._processing
-        check_readable(record)
-        new_tokens = most_new_tokens(record, settings)
-        images = self._images(record, new_tokens)
-        image_tokens = [visual_tokens(image.grid, processing.merge_size) for image in images]
-        input_ids = self._renderer.render(record.fields, image_tokens, new_tokens)
-        patches = _joined(images, len(processing.image_mean) * processing.patch_size**2)
-        return Request(
-            record_id=record.record_id,
-            chunk_id=chunk.chunk_id,
-            row=record.row,
-            prompt_tokens=len(input_ids),
-            visual_patches=len(patches),
-            max_new_tokens=new_tokens,
-            inputs=ModelInputs(input_ids, patches, tuple(image.grid for image in images)),
-        )
-
-    def _images(self, record: Record, new_tokens: int) -> list[ImagePatches]:
-        """The images of *record*, as long as the context holds them: a list of them may be endless."""
-        settings, processing = self._settings, self._processing
-        images: list[ImagePatches] = []
-        num_tokens = 0
-        for ref in record.images:
-            images.append(read_image(ref, settings.root, settings.limits, processing))
-            num_tokens += visual_tokens(images[-1].grid, processing.merge_size)
-            _check_context(num_tokens + new_tokens, settings)
-        return images
-
-
-def check_readable(record: Record) -> None:
-    """Raise RecordError where the source left *record* out because of its size."""
-    if record.oversize_bytes:
-        raise RecordError("read", "record_too_large", f"its cells take {format_bytes(record.oversize_bytes)}")
-
-
-def most_new_tokens(record: Record, settings: PreprocessSettings) -> int:
-    """After how many tokens the answer of *record* is cut: the job's number, or its own where that is less.
-
-    Raises RecordError where its own leaves no answer.
-    """
-    column = settings.max_new_tokens_column
-    own = None if column is None else record.fields[column]
-    if own is not None and own < 1:
-        raise RecordError("render", "no_new_tokens", f"column {column} allows {own} new tokens")
-    return settings.max_new_tokens if own is None else min(own, settings.max_new_tokens)
-
-
-def _check_context(num_tokens: int, settings: PreprocessSettings) -> None:
-    """Raise RecordError where *num_tokens* of images and answer alone exceed the model's context."""
-    context_tokens = settings.checkpoint.context_tokens
-    if num_tokens > context_tokens:
-        raise RecordError(
-            "render",
-            "prompt_too_long",
-            f"its images alone exceed the model's context of {context_tokens} tokens",
-        )
-
-
-def request_or_failure(
-    make_request: Callable[[Chunk, Record], Request], chunk: Chunk, record: Record
-) -> Prepared:
-    """What *make_request* makes of *record*; whatever goes wrong with the record becomes its failure."""
-    try:
-        return make_request(chunk, record)
-    except Glm4vBatchError:
-        raise  # the trouble is not this record's: it stops the run
-    except RecordError as error:
-        return _failure((chunk, record), error.stage, error.code, str(error))
-    except MemoryError:
-        return _failure((chunk, record), "decode", "out_of_memory", _NO_MEMORY)
-    except Exception as error:  # noqa: BLE001, RUF100  the border where a record's trouble becomes its row
-        return _failure((chunk, record), "decode", "preprocess_error", place_of(error))
 
 
 def preprocess(
@@ -340,7 +208,7 @@ class _Workers:
                 num_kills += lost.was_killed
                 num_deaths += not lost.was_killed
                 if num_deaths == _DEATHS_ALONE or num_kills == _KILLS_ALONE:
-                    return _failure(item, "decode", lost.code, str(lost))
+                    return failure_of(item, "decode", lost.code, str(lost))
 
     def _ask(self, group: Sequence[Item]) -> list[Prepared]:
         worker = self._idle.get()
@@ -486,18 +354,7 @@ def _prepared(prepare: Prepare, item: Item) -> Prepared:
     try:
         return prepare(*item)
     except MemoryError:
-        return _failure(item, "decode", "out_of_memory", _NO_MEMORY)
-
-
-def _joined(images: Sequence[ImagePatches], width: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    if len(images) == 1:
-        return images[0].patches
-    return np.concatenate([np.empty((0, width), np.uint8), *(image.patches for image in images)])
-
-
-def _failure(item: Item, stage: Stage, code: FailureCode, message: str) -> Failure:
-    chunk, record = item
-    return Failure(record.record_id, chunk.chunk_id, record.row, stage, code, sanitise(message))
+        return failure_of(item, "decode", "out_of_memory", NO_MEMORY)
 
 
 def _item_bytes(item: Item) -> int:

@@ -18,13 +18,8 @@ import numpy as np
 from glm4v_batch.checkpoint import ImageProcessing
 from glm4v_batch.errors import RecordError
 from glm4v_batch.images import MAX_ASPECT, open_image, visual_grid, visual_tokens, with_pixel_limits
-from glm4v_batch.preprocess import (
-    PreprocessSettings,
-    check_readable,
-    most_new_tokens,
-    preprocess,
-    request_or_failure,
-)
+from glm4v_batch.prepare import PreprocessSettings, check_readable, most_new_tokens, request_or_failure
+from glm4v_batch.preprocess import preprocess
 from glm4v_batch.sources import Source
 from glm4v_batch.templates import columns_of
 from glm4v_batch.types import Chunk, Failure, ModelInputs, Record, Request, RequestSize

@@ -20,7 +20,8 @@ from glm4v_batch.errors import SourceError
 from glm4v_batch.failure_codes import FAILURE_KINDS
 from glm4v_batch.job import ParquetSettings
 from glm4v_batch.meters import HostMeter
-from glm4v_batch.preprocess import Preprocessor, PreprocessSettings, _Workers
+from glm4v_batch.prepare import Preprocessor, PreprocessSettings
+from glm4v_batch.preprocess import _Workers
 from glm4v_batch.sources import RecordColumns, open_source
 from glm4v_batch.types import Chunk, Failure, ImageRef, Record
 from tests.e2e.command import MODEL

@@ -13,7 +13,8 @@ import pytest
 
 from glm4v_batch.checkpoint import read_checkpoint
 from glm4v_batch.engines.echo import EchoEngine
-from glm4v_batch.preprocess import Item, LookAhead, Prepared, Preprocessor, PreprocessSettings, preprocess
+from glm4v_batch.prepare import Item, Prepared, Preprocessor, PreprocessSettings
+from glm4v_batch.preprocess import LookAhead, preprocess
 from glm4v_batch.types import Chunk, Completion, Failure, ImageRef, Record, Result
 from tests.conftest import image_bytes
 from tests.e2e.command import MODEL

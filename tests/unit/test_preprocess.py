@@ -24,14 +24,8 @@ from PIL import Image
 from glm4v_batch.checkpoint import read_checkpoint
 from glm4v_batch.errors import JobError, PlacementError, sanitise
 from glm4v_batch.images import ImageLimits
-from glm4v_batch.preprocess import (
-    Item,
-    LookAhead,
-    Prepared,
-    Preprocessor,
-    PreprocessSettings,
-    preprocess,
-)
+from glm4v_batch.prepare import Item, Prepared, Preprocessor, PreprocessSettings
+from glm4v_batch.preprocess import LookAhead, preprocess
 from glm4v_batch.types import Chunk, Failure, ImageRef, Record, Request
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-glm4v"

@@ -19,7 +19,7 @@ from glm4v_batch.errors import RecordError
 from glm4v_batch.images import resized_size, visual_tokens
 from glm4v_batch.job import DatasetSettings
 from glm4v_batch.plan import open_job, preprocess_settings
-from glm4v_batch.preprocess import Preprocessor, PreprocessSettings
+from glm4v_batch.prepare import Preprocessor, PreprocessSettings
 from glm4v_batch.sources import RecordColumns, Shard, cut, open_source
 from glm4v_batch.survey import SampleLimits, Survey, most_visual_tokens, survey, worst_case
 from glm4v_batch.types import ENDLESS, Chunk, ImageRef, Record, Request, RequestSize
