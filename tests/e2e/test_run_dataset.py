@@ -1,11 +1,14 @@
 """Whole runs on `datasets` data sets: the same answers, ids and resume as from Parquet."""
 
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import datasets
 import pytest
 
-from tests.conftest import MakeSource
+from tests.conftest import MakeSource, image_bytes
 from tests.e2e.command import AT_ONCE, run_command, write_job
 from tests.e2e.test_run_echo import SLOW, contents, kill_when_committed, rows_of
 
@@ -66,3 +69,45 @@ def test_a_killed_run_of_a_data_set_goes_on_to_the_same_parts(
     assert resumed.returncode == 0, resumed.stderr
     assert contents(tmp_path / "out-killed") == contents(tmp_path / "out-whole")
     assert "Nothing to do" in again.stdout
+
+
+def write_layouts(folder: Path) -> None:
+    """The same three pictures and titles as `datasets` knows them: a folder, JSON lines, an archive."""
+    for name in ("pictures", "lines", "archives"):
+        (folder / name).mkdir()
+    rows = [{"file_name": f"{row}.png", "title": f"title {row}"} for row in range(3)]
+    for row in range(3):
+        (folder / "pictures" / f"{row}.png").write_bytes(image_bytes(row))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = [json.dumps({"image": row["file_name"], "title": row["title"]}) for row in rows]
+    (folder / "lines" / "a.jsonl").write_text("\n".join(lines))
+    with tarfile.open(folder / "archives" / "a.tar", "w") as archive:
+        for row in range(3):
+            for name, content in ((f"{row}.png", image_bytes(row)), (f"{row}.txt", b"title %d" % row)):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+
+
+def test_pictures_json_lines_and_archives_are_read_as_data_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_layouts(tmp_path)
+    more: dict[str, list[str]] = {
+        "pictures": [],
+        "lines": [f"source.root={tmp_path}/pictures"],
+        # Columns are called as the files of a record end.
+        "archives": ["source.image=png", "prompt.user=Describe {txt}.", "output.columns=[txt]"],
+    }
+
+    texts = []
+    for name, settings in more.items():
+        job = job_of(tmp_path, name, f"source: {{kind: dataset, path: {tmp_path}/{name}, split: train}}")
+        options = [option for setting in settings for option in ("--set", setting)]
+        finished = run_command("run", job, *options)
+        assert finished.returncode == 0, finished.stderr
+        texts.append([row["text"] for row in rows_of(tmp_path / f"out-{name}")])
+
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) == 3
