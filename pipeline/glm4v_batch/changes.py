@@ -61,11 +61,11 @@ def moved_sources(shards: Sequence[Shard], parts: Sequence[Part]) -> dict[str, s
 
 
 def _share_rows(these: Iterable[range], those: Iterable[range]) -> bool:
-    """Whether a row is in a range of *these* and in one of *those*; neither range is empty."""
+    """Whether a row is in a range of *these* and in one of *those*."""
     ends = [0, 0]  # of what begins earlier, on either side
     sides = ((rows.start, side, rows.stop) for side, ranges in enumerate((these, those)) for rows in ranges)
     for start, side, stop in sorted(sides):
-        if start < ends[1 - side]:
+        if start < min(stop, ends[1 - side]):
             return True
         ends[side] = max(ends[side], stop)
     return False

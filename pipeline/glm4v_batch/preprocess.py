@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 from glm4v_batch import wire
 from glm4v_batch.child import Child, End
@@ -43,8 +43,14 @@ from glm4v_batch.prepare import (
 )
 from glm4v_batch.types import Request
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _START_SECONDS = 120
 _READY = "ready"
+_SLOW = "slow"
+# Once may be a run that was stopped and continued meanwhile.
+_MOST_SLOW = 2
 _PORTION_SECONDS = 0.25
 _DEATHS_ALONE = 2
 _KILLS_ALONE = 5
@@ -263,6 +269,7 @@ class _Worker:
 
     def _start(self) -> Connection:
         """The pipe to a new process; no record is to blame where others kill it before it has one."""
+        num_slow = 0
         for _ in range(_KILLS_ALONE):
             answer = self._started()
             if answer == _READY and self._pipe is not None:
@@ -270,6 +277,9 @@ class _Worker:
             end = self._end(grace_seconds=1)
             if isinstance(answer, Glm4vBatchError):
                 raise answer
+            num_slow += answer == _SLOW
+            if num_slow == _MOST_SLOW:
+                raise _too_slow()
             end.refuse_unguarded()
             if not end.was_killed:
                 raise RuntimeError(f"a preprocessing worker did not start: {end}")
@@ -280,28 +290,30 @@ class _Worker:
         )
 
     def _started(self) -> object:
-        """What a new process says first; None where it ends without a word."""
+        """What a new process says first; None where it ends without a word, `_SLOW` where it takes long."""
         with self._lock:
             if self._closed:
                 raise _WorkerLostError("decoder_crashed", "preprocessing was stopped")
             self._child = Child(_serve, self._settings, self._make, name="glm4v-decoder")
         self._pipe = self._child.pipe
         try:
-            if self._pipe.poll(_START_SECONDS):
-                return self._pipe.recv()
+            return self._pipe.recv() if self._pipe.poll(_START_SECONDS) else _SLOW
         except (EOFError, OSError):
             return None
-        self._end(grace_seconds=0)
-        raise PlacementError(
-            f"A decoder did not start within {_START_SECONDS:g} s.",
-            hint="It reads this package first: see whether the disk or the network that holds it is slow.",
-        )
 
     def _end(self, *, grace_seconds: float) -> End:
         """Make sure that the process is gone, and say how it ended."""
         assert self._child is not None
         self._pipe = None
         return self._child.end(grace_seconds=grace_seconds)
+
+
+def _too_slow() -> PlacementError:
+    return PlacementError(
+        f"A decoder did not start within {_START_SECONDS:g} s, {_MOST_SLOW} times over.",
+        hint="It reads the program and the model's tokenizer first: see whether the disks or the network "
+        "that hold them are slow.",
+    )
 
 
 def _timeout(patience: str, done: Sequence[Prepared]) -> _WorkerLostError:
@@ -360,8 +372,19 @@ def _prepared(prepare: Prepare, item: Item) -> Prepared:
 def _item_bytes(item: Item) -> int:
     _, record = item
     images = sum(len(ref.data or b"") for ref in record.images)
-    passed = record.passed.nbytes if record.passed is not None else 0
-    return images + passed + sum(map(_field_bytes, record.fields.values()))
+    passed = () if record.passed is None else record.passed.itercolumns()
+    return images + sum(map(_column_bytes, passed)) + sum(map(_field_bytes, record.fields.values()))
+
+
+def _column_bytes(column: "pa.ChunkedArray") -> int:
+    """What one row's *column* takes of its own: rows may share a dictionary, and views their buffers."""
+    import pyarrow as pa  # decoders have no use for it, and would pay for it
+
+    if pa.types.is_dictionary(column.type):
+        return sum(chunk.indices.nbytes for chunk in column.chunks)
+    if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
+        column = column.cast(pa.large_binary())
+    return int(column.nbytes)
 
 
 def _field_bytes(value: object) -> int:

@@ -168,7 +168,7 @@ def _processing(settings: PreprocessSettings) -> ImageProcessing:
 
 
 class HeaderReader:
-    """Makes requests as `preprocess.Preprocessor` would, but without pixels; it owns the tokenizer."""
+    """Makes requests as `prepare.Preprocessor` would, but without pixels; it owns the tokenizer."""
 
     def __init__(self, settings: PreprocessSettings) -> None:
         self._settings = settings

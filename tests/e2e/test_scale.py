@@ -22,8 +22,8 @@ from glm4v_batch.plan import OpenJob, open_job
 from tests.e2e.command import ROOT, command, run_command, write_job
 
 ROWS_PER_SECOND = 2000
-# Of the images that Pillow alone decodes and resizes meanwhile on as many cores: 0.41 to 0.48 were measured.
-SHARE_OF_PILLOW = 1 / 3
+# Of what Pillow alone does before and after, on as many cores: 0.41 to 0.48 were measured.
+SHARE_OF_PILLOW = 0.37
 GIB = 1 << 30
 
 
@@ -65,7 +65,7 @@ def pillow_alone() -> float:
 
 
 def test_20000_rows_of_small_images_keep_up_at_2000_rows_a_second(tmp_path: Path) -> None:
-    """Where the machine is too slow for it at the moment, at a third of what Pillow alone does."""
+    """A machine on which Pillow alone does too little for that may do less, in proportion."""
     write_shards(tmp_path / "source", num_rows=20_000, num_shards=4)
 
     # Three tries: what counts is what the code can do, not what else the machine did meanwhile.
@@ -73,8 +73,9 @@ def test_20000_rows_of_small_images_keep_up_at_2000_rows_a_second(tmp_path: Path
         job = write_job(
             tmp_path / "job.yaml", tmp_path / "source", tmp_path / f"out-{attempt}", rows_per_part=128
         )
-        alone = pillow_alone()
+        before = pillow_alone()
         finished = run_command("run", job, "--json")
+        alone = (before + pillow_alone()) / 2
         assert finished.returncode == 0, finished.stderr
         rate = json.loads(finished.stdout)["run"]["rows_per_second"]
         sys.stderr.write(

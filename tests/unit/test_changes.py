@@ -1,5 +1,6 @@
 """What becomes of a source that changed after its rows were committed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -204,6 +205,8 @@ def test_a_source_that_is_gone_costs_nothing_for_each_of_its_rows(tmp_path: Path
     gone = [part("gone", first_row) for first_row in (0, 2 * 10**12)]
 
     assert moved_sources(shards, [*gone, part("new", 10**12)]) == {"gone": "new"}
+    nothing = replace(part("new", 5), info=replace(part("new", 5).info, num_rows=0))
+    assert moved_sources(shards, [*gone, nothing]) == {"gone": "new"}
     assert moved_sources(shards, [*gone, part("new", 10**12 + 1)]) == {}
     assert moved_sources(shards, [*gone, part("new", 10**12 - 1)]) == {}
 

@@ -25,7 +25,7 @@ from glm4v_batch.checkpoint import read_checkpoint
 from glm4v_batch.errors import JobError, PlacementError, sanitise
 from glm4v_batch.images import ImageLimits
 from glm4v_batch.prepare import Item, Prepared, Preprocessor, PreprocessSettings
-from glm4v_batch.preprocess import LookAhead, preprocess
+from glm4v_batch.preprocess import LookAhead, _item_bytes, preprocess
 from glm4v_batch.types import Chunk, Failure, ImageRef, Record, Request
 
 TINY = Path(__file__).parents[2] / "data" / "tiny-glm4v"
@@ -322,7 +322,7 @@ def test_a_worker_that_does_not_start_in_time_is_not_said_to_have_been_killed(
     before = child_processes()
     monkeypatch.setattr("glm4v_batch.preprocess._START_SECONDS", 0.5)
 
-    with pytest.raises(PlacementError, match=r"A decoder did not start within 0\.5 s\."):
+    with pytest.raises(PlacementError, match=r"A decoder did not start within 0\.5 s, 2 times over\."):
         list(preprocess(items(["a"]), SETTINGS, num_workers=1, make=NeverReady))
 
     assert others_end(before)
@@ -353,6 +353,16 @@ def test_what_passes_through_stays_with_the_driver() -> None:
 
     assert isinstance(result, Failure)
     assert result.message == "None"
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
+def test_what_rows_share_is_counted_for_none_of_them(kind: pa.DataType) -> None:
+    texts = ["x" * 500 + str(row) for row in range(2000)]
+    column = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(texts, kind)
+    table = pa.table({"note": column})
+    record = Record("a", "s", 0, (), {}, table.slice(7, 1))
+
+    assert _item_bytes((Chunk("s", 0, 1), record)) < 600
 
 
 def test_look_ahead_counts_texts_and_what_passes_through() -> None:

@@ -367,7 +367,7 @@ def _reading(shard: str, where: str) -> Iterator[None]:
     except MemoryError:
         raise _MemoryNeededError(
             f"{on_one_line(shard)} cannot be read in {where}: that takes more memory than a file may.",
-            hint=REPLACE,
+            hint=f"{REPLACE} Where `ulimit -v` is set, it may be too low.",
         ) from None
     except FileNotFoundError:
         raise SourceError(f"{on_one_line(shard)} is gone since this run began.", hint=_PUT_BACK) from None
