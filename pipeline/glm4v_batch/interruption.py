@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask a run to end."""
@@ -43,52 +43,88 @@ def ended_by_signals() -> Iterator[None]:
     error of something that it only tried, as imports do. So an error that dies before it comes here has
     its signal sent again, and one that comes wrapped in another counts as come.
     """
-    underway: list[weakref.ref[SignalledError]] = []
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        let_the_next_one_end_it()
-        # What is left open in the middle of an import ends with the process.
-        warnings.simplefilter("ignore", ResourceWarning)
-        raise followed(SignalledError(number))
-
-    def followed(error: SignalledError) -> SignalledError:
-        # Not by *end* itself: its frame is in the traceback, and would keep the error alive.
-        number = error.signal_number
-        underway[:] = [weakref.ref(error, lambda _: again(number))]
-        return error
-
-    def again(number: int) -> None:
-        if signal.getsignal(number) == signal.SIG_DFL:  # nobody has taken over meanwhile
-            signal.signal(number, end)
-        # Not here, where an exception would be dropped again.
-        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
-
-    previous = {number: signal.signal(number, end) for number in heeded()}
+    ending = _Ending()
+    previous = {number: signal.signal(number, ending.handle) for number in heeded()}
     try:
         with _silent_when_dropped():
             yield
     except Exception as error:
-        signalled = underway[0]() if underway else None
+        signalled = ending.signalled()
         if signalled is None:
             raise
         raise signalled from error
     finally:
-        underway.clear()  # a reference that is gone itself calls nobody
+        ending.forget()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
+class _Ending:
+    """The error that a signal has raised, until it comes to where it is waited for."""
+
+    def __init__(self) -> None:
+        self._error: weakref.ref[SignalledError] | None = None
+        self._to_send: list[tuple[int, threading.Timer]] = []
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Raise the error of the signal *number*."""
+        let_the_next_one_end_it()
+        # What is left open in the middle of an import ends with the process.
+        warnings.simplefilter("ignore", ResourceWarning)
+        raise self._followed(SignalledError(number))
+
+    def _followed(self, error: SignalledError) -> SignalledError:
+        # Not by *handle* itself: its frame is in the traceback, and would keep the error alive.
+        number = error.signal_number
+        self._error = weakref.ref(error, lambda _: self._again(number))
+        return error
+
+    def _again(self, number: int) -> None:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nobody has taken over meanwhile
+            signal.signal(number, self.handle)
+        # Not here, where an exception would be dropped again.
+        timer = threading.Timer(_AGAIN_SECONDS, self._send, (number,))
+        self._to_send.append((number, timer))
+        timer.start()
+
+    def _send(self, number: int) -> None:
+        self._to_send.clear()
+        os.kill(os.getpid(), number)
+
+    def signalled(self) -> SignalledError | None:
+        """The error that is under way, or one for a signal that is to be sent again; None without any.
+
+        What comes in the place of one that was dropped, an import's error, may be here before the signal.
+        """
+        alive = self._error and self._error()
+        return alive or next((SignalledError(number) for number, _ in self._to_send), None)
+
+    def forget(self) -> None:
+        """Send nothing again any more."""
+        self._error = None  # a reference that is gone itself calls nobody
+        for _, timer in self._to_send:
+            timer.cancel()
+
+
 @contextmanager
 def _silent_when_dropped() -> Iterator[None]:
-    """Have nothing printed of a SignalledError that Python drops: it comes again."""
-    otherwise = sys.unraisablehook
+    """Have nothing printed of a SignalledError that Python drops, or that C code does: it comes again."""
+    unraisable_hook, uncaught_hook = sys.unraisablehook, sys.excepthook
 
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+    def drop(unraisable: "sys.UnraisableHookArgs") -> None:
         if not isinstance(unraisable.exc_value, SignalledError):
-            otherwise(unraisable)
+            unraisable_hook(unraisable)
 
-    sys.unraisablehook = hook
+    def forget(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # PyErr_Print, as numpy calls it when its import fails. It also keeps the error, which has to die.
+        if isinstance(error, SignalledError):
+            for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+                vars(sys).pop(name, None)
+        else:
+            uncaught_hook(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = drop, forget
     try:
         yield
     finally:
-        sys.unraisablehook = otherwise
+        sys.unraisablehook, sys.excepthook = unraisable_hook, uncaught_hook

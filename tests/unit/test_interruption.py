@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 
@@ -67,6 +69,46 @@ def test_a_signal_whose_error_comes_wrapped_in_another_ends_it_all_the_same() ->
         type("Owner", (), {"attribute": WaitsForEver()})
 
     assert caught.value.signal_number == signal.SIGTERM
+
+
+def import_an_extension(signal_number: int) -> None:
+    """Meet a signal where numpy's `import_array` does: it prints the error, drops it and raises another."""
+    try:
+        wait_for_ever(signal_number)
+    except SignalledError as error:
+        sys.last_value = error
+        sys.excepthook(SignalledError, error, error.__traceback__)
+    raise ImportError("numpy.core.multiarray failed to import")
+
+
+@pytest.mark.parametrize("is_swallowed", [False, True])
+def test_a_signal_whose_error_c_code_prints_ends_it_all_the_same_and_prints_nothing(
+    is_swallowed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def import_several() -> None:
+        with suppress(ImportError) if is_swallowed else nullcontext():
+            import_an_extension(signal.SIGINT)
+        wait_for_ever()
+
+    with pytest.raises(SignalledError) as caught, ended_by_signals():
+        import_several()
+
+    assert caught.value.signal_number == signal.SIGINT
+    assert capsys.readouterr().err == ""
+    assert not hasattr(sys, "last_value")
+
+
+def test_nothing_is_sent_again_once_it_has_ended() -> None:
+    numbers: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: numbers.append(number))
+    try:
+        with pytest.raises(SignalledError), ended_by_signals():
+            import_an_extension(signal.SIGTERM)
+        time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert numbers == []
 
 
 def test_an_error_that_has_nothing_to_do_with_signals_stays_itself() -> None:
